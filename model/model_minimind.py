@@ -1,0 +1,782 @@
+"""The whole model in one file: a decoder-only transformer, dense or mixture-of-experts.
+
+    x = x + Attention(RMSNorm(x))          grouped-query attention, rotary positions, optional QK-norm
+    x = x + FeedForward(RMSNorm(x))        SwiGLU, or a mixture of SwiGLU experts
+
+Dense without QK-norm it is the Llama block, with QK-norm the Qwen3 block, with experts the Qwen3-MoE block; parameter
+names are theirs, so their checkpoints load strictly and ours open in their classes. MiniMind's released `.pth` files
+(both generations) load as they are.
+
+Dimensions in comments: B rows, T positions, S cached + new positions, V vocabulary, D hidden, H query heads,
+K key/value heads, R = H / K, E experts, N = B * T tokens.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+# --------------------------------------------------------------------------------------------------------------------
+# Configuration
+# --------------------------------------------------------------------------------------------------------------------
+
+PRESETS = {
+    # For a laptop CPU: the embedded curriculum in minutes.
+    "tiny": dict(
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=704,
+        qk_norm=True,
+    ),
+    "minimind2-small": dict(hidden_size=512, num_hidden_layers=8),  # 25,829,888 parameters
+    "minimind2-moe": dict(hidden_size=640, num_hidden_layers=8, use_moe=True),  # 145,029,760
+    "minimind2": dict(hidden_size=768, num_hidden_layers=16),  # 104,030,976
+    "minimind-3": dict(  # 63,912,192
+        hidden_size=768,
+        num_hidden_layers=8,
+        num_key_value_heads=4,
+        intermediate_size=2432,
+        rms_norm_eps=1e-6,
+        qk_norm=True,
+    ),
+    "minimind-3-moe": dict(  # 198,416,640, of which 63,936,768 work on a token
+        hidden_size=768,
+        num_hidden_layers=8,
+        num_key_value_heads=4,
+        intermediate_size=2432,
+        rms_norm_eps=1e-6,
+        qk_norm=True,
+        use_moe=True,
+        num_experts_per_tok=1,
+        n_shared_experts=0,
+        router_aux_loss_coef=1e-3,
+    ),
+}
+
+
+class MiniMindConfig(PretrainedConfig):
+    """Every architectural choice; `MiniMindConfig.from_preset("minimind-3", hidden_size=128)` starts from a known one.
+
+    Args:
+        hidden_size: width D.
+        num_hidden_layers: number of blocks.
+        num_attention_heads, num_key_value_heads: H and K; H must be a multiple of K.
+        head_dim: size of one head; default hidden_size / num_attention_heads.
+        intermediate_size: width of the SwiGLU; default 8/3 * hidden_size rounded up to a multiple of 64.
+        qk_norm: RMSNorm on each query and key head before the rotation (Qwen3).
+        rope_theta: base of the rotary frequencies.
+        rope_parameters: transformers' dictionary, e.g. {"rope_type": "yarn", "factor": 16.0, ...}; wins over rope_theta.
+        inference_rope_scaling: True = YaRN x16 over `original_max_position_embeddings` positions.
+        residual_init: "zero" starts o_proj and down_proj at 0 (each block starts as the identity), "scaled" draws them
+            with std 0.02 / sqrt(2 * layers), "normal" with std 0.02.
+        use_moe, num_experts, num_experts_per_tok, n_shared_experts, moe_intermediate_size, norm_topk_prob,
+            router_aux_loss_coef: the mixture-of-experts feed-forward.
+        dropout: on the embedding and both residual branches, in training.
+    """
+
+    model_type = "minimind"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 6400,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int = 2,
+        head_dim: int | None = None,
+        intermediate_size: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 32768,
+        original_max_position_embeddings: int = 2048,
+        rms_norm_eps: float = 1e-5,
+        qk_norm: bool = False,
+        rope_theta: float = 1e6,
+        rope_parameters: dict | None = None,
+        inference_rope_scaling: bool = False,
+        tie_word_embeddings: bool = True,
+        initializer_range: float = 0.02,
+        residual_init: str = "zero",
+        dropout: float = 0.0,
+        use_moe: bool = False,
+        num_experts: int = 4,
+        num_experts_per_tok: int = 2,
+        n_shared_experts: int = 1,
+        moe_intermediate_size: int | None = None,
+        norm_topk_prob: bool = True,
+        router_aux_loss_coef: float = 1e-2,
+        use_cache: bool = True,
+        bos_token_id: int = 1,
+        eos_token_id: int = 2,
+        pad_token_id: int = 0,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.intermediate_size = intermediate_size or 64 * math.ceil(int(hidden_size * 8 / 3) / 64)
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.original_max_position_embeddings = original_max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.qk_norm = qk_norm
+        self.inference_rope_scaling = inference_rope_scaling
+        scaling = kwargs.pop("rope_scaling", None)  # the older spelling of the same dictionary
+        rope = dict(rope_parameters or scaling or {})
+        if inference_rope_scaling and rope.get("rope_type", "default") == "default":
+            rope = yarn_defaults(original_max_position_embeddings) | {
+                "rope_theta": rope.get("rope_theta", rope_theta)
+            }
+        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+        rope["rope_theta"] = float(rope.get("rope_theta", rope_theta))
+        self.rope_theta = rope["rope_theta"]
+        self.rope_parameters = rope
+        self.initializer_range = initializer_range
+        self.residual_init = residual_init
+        self.dropout = dropout
+        self.use_moe = bool(use_moe)
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.n_shared_experts = n_shared_experts
+        self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
+        self.norm_topk_prob = norm_topk_prob
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.use_cache = use_cache
+        self._validate()
+        super().__init__(
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    def _validate(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads}): each key/value head serves the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim ({self.head_dim}) must be even: the rotation works on pairs of numbers"
+            )
+        if self.hidden_act != "silu":
+            raise ValueError(
+                f"hidden_act {self.hidden_act!r} is not supported: the feed-forward is SwiGLU (silu)"
+            )
+        if self.residual_init not in ("zero", "scaled", "normal"):
+            raise ValueError(f"residual_init must be zero, scaled or normal, not {self.residual_init!r}")
+        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie in 1..num_experts ({self.num_experts})"
+            )
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "MiniMindConfig":
+        """A named configuration with some fields replaced. Raises ValueError on an unknown name."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return cls(**(PRESETS[name] | overrides))
+
+
+def yarn_defaults(original_max_position_embeddings: int = 2048, factor: float = 16.0) -> dict:
+    """The YaRN dictionary of the MiniMind family: attention_factor 1.0 means no temperature (the paper's own value is
+    0.1 ln(factor) + 1)."""
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original_max_position_embeddings,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": 1.0,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rotary positions
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def rope_frequencies(head_dim: int, rope_parameters: dict) -> tuple[torch.Tensor, float]:
+    """Angular frequencies (head_dim / 2,) float32 and the factor that multiplies cos and sin.
+
+    default: theta_j = base^(-2j/d). yarn (Peng et al. 2023, https://arxiv.org/abs/2309.00071, section 3.2, with the ramp
+    over the dimension index of the authors' released code, not over the wavelength as printed): frequencies that turn
+    more than beta_fast times within the original context stay, those that turn less than beta_slow times are divided
+    by `factor`, in between a linear ramp. Without attention_factor the temperature 0.1 ln(factor) + 1 applies.
+    """
+    base = rope_parameters["rope_theta"]
+    freqs = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    kind = rope_parameters.get("rope_type", "default")
+    if kind == "default":
+        return freqs, 1.0
+    if kind != "yarn":
+        raise ValueError(f"rope_type {kind!r} is not supported: use default or yarn")
+    factor = rope_parameters["factor"]
+    original = rope_parameters["original_max_position_embeddings"]
+
+    def dimension_that_turns(times: float) -> float:
+        return head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dimension_that_turns(rope_parameters.get("beta_fast") or 32.0)), 0)
+    high = min(math.ceil(dimension_that_turns(rope_parameters.get("beta_slow") or 1.0)), head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    attention_factor = rope_parameters.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return freqs * (1 - ramp) + freqs / factor * ramp, attention_factor
+
+
+class RotaryTable:
+    """cos and sin of every position, (P, head_dim) float32 with both halves alike, built from the configuration on first
+    use. A plain object, not a module buffer: a model created on the meta device has nothing stale to load."""
+
+    def __init__(self, config: MiniMindConfig):
+        self.config = config
+        self.tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if device not in self.tables or self.tables[device][0].shape[0] < length:
+            freqs, factor = rope_frequencies(self.config.head_dim, self.config.rope_parameters)
+            positions = torch.arange(max(length, self.config.max_position_embeddings), dtype=torch.float32)
+            angles = torch.outer(positions, freqs)  # float32: bf16 positions collide past 256
+            angles = torch.cat((angles, angles), dim=-1)
+            self.tables[device] = ((angles.cos() * factor).to(device), (angles.sin() * factor).to(device))
+        return self.tables[device]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn pairs (x_j, x_{j + d/2}) by their angle (RoFormer, https://arxiv.org/abs/2104.09864, half-split layout).
+    x (B, T, heads, head_dim); cos, sin (B, T, 1, head_dim)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Layers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """y = w * x / sqrt(mean(x^2) + eps), statistics in float32, rounded before the weight as Qwen3 and Llama do
+    (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * normed.to(x.dtype)
+
+
+def blocked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document_ids: torch.Tensor | None, block: int = 128
+) -> torch.Tensor:
+    """Causal attention as plain matrix products over blocks of query rows, each against the keys up to its own end.
+
+    On CPUs this trains 2-3 times faster than the fused kernel, whose backward is slow there, and half of the score
+    matrix is never computed. q (B, H, T, hd), k, v (B, K, T, hd), document_ids (B, T) or None -> (B, H, T, hd).
+    With document_ids, a position sees only its own document.
+    """
+    B, H, T, hd = q.shape
+    K = k.shape[1]
+    R = H // K
+    q = (q * hd**-0.5).view(B, K, R, T, hd)
+    k = k.transpose(-1, -2)  # (B, K, hd, T)
+    rows = torch.arange(T, device=q.device)
+    outputs = []
+    for start in range(0, T, block):
+        end = min(start + block, T)
+        scores = q[:, :, :, start:end].reshape(B, K, R * (end - start), hd) @ k[..., :end]
+        scores = scores.view(B, K, R, end - start, end)
+        hidden = rows[None, start:end, None] < rows[None, None, :end]  # the future
+        if document_ids is not None:
+            hidden = hidden | (document_ids[:, start:end, None] != document_ids[:, None, :end])
+        scores = scores.float().masked_fill(hidden[:, None, None], float("-inf"))
+        weights = torch.softmax(scores, dim=-1).to(v.dtype)
+        out = weights.view(B, K, R * (end - start), end) @ v[:, :, :end]
+        outputs.append(out.view(B, K, R, end - start, hd))
+    return torch.cat(outputs, dim=3).view(B, H, T, hd)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """Scaled dot-product attention, softmax in float32. q (B, H, T, hd), k, v (B, K, S, hd) -> (B, H, T, hd).
+
+    mask (B or 1, 1, T, S) bool, True = may look: cached or padded input. Without a mask it is causal over T = S
+    positions, inside documents when document_ids (B, T) is given.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if mask is None and q.requires_grad and q.device.type == "cpu":
+        return blocked_attention(q, k, v, document_ids)
+    if mask is None and document_ids is not None:
+        mask = document_mask(document_ids)
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
+def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
+    """Block-diagonal causal mask (B, 1, T, T) bool from document numbers (B, T)."""
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return same.tril()
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245): key/value head g serves query
+    heads g*R ... g*R + R - 1. With qk_norm, queries and keys are normalised per head before the rotation."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(D, H * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(D, K * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(D, K * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(H * self.head_dim, D, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x, cos, sin, mask=None, document_ids=None, cache: Cache | None = None):
+        """x (B, T, D) -> (B, T, D); cos, sin (B, T, 1, head_dim); a cache receives the rotated keys and the values."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q, cos, sin).transpose(1, 2)
+        k = rotate(k, cos, sin).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        out = attention(q, k, v, mask, document_ids)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def route(logits: torch.Tensor, k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose k experts per token. logits (N, E) -> probabilities (N, E), weights (N, k), experts (N, k); float32.
+
+    With k = 1 a normalised weight is the constant 1, and the router would learn nothing from the language loss. Its value
+    stays 1, as the checkpoints expect, but the gradient is that of the unnormalised probability (as in Switch
+    Transformer, https://arxiv.org/abs/2101.03961): a straight-through estimate.
+    """
+    probs = torch.softmax(logits.float(), dim=-1)
+    weights, experts = probs.topk(k, dim=-1)
+    if normalise and k == 1:
+        weights = 1.0 + (weights - weights.detach())
+    elif normalise:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return probs, weights, experts
+
+
+def balance_loss(probs: torch.Tensor, experts: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """E * sum_e f_e P_e of one layer: f_e = choices of expert e per valid token (no gradient), P_e = its mean
+    probability. Exactly k when the load is even (Switch Transformer eq. 4, for top-k).
+    probs (N, E), experts (N, k), valid (N,) 1/0 or None."""
+    E = probs.shape[-1]
+    chosen = F.one_hot(experts, E).sum(dim=1).to(probs.dtype)  # (N, E)
+    if valid is None:
+        return E * (chosen.mean(0) * probs.mean(0)).sum()
+    valid = valid.to(probs.dtype)[:, None]
+    count = valid.sum().clamp(min=1)
+    return E * ((chosen * valid).sum(0) / count * ((probs * valid).sum(0) / count)).sum()
+
+
+class MoEFeedForward(nn.Module):
+    """A softmax router sends each token to `num_experts_per_tok` SwiGLU experts; shared experts see every token.
+
+    No token is dropped: the (token, expert) pairs are sorted by expert, each expert multiplies its slice once, and the
+    results are added back. All experts' weights enter the graph in every step, so an expert without tokens receives a
+    zero gradient and distributed training does not wait for it.
+    """
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        D, width = config.hidden_size, config.moe_intermediate_size
+        self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.gate = nn.Linear(D, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(D, width) for _ in range(config.num_experts))
+        if config.n_shared_experts > 0:
+            self.shared_experts = nn.ModuleList(FeedForward(D, width) for _ in range(config.n_shared_experts))
+        self.has_shared = config.n_shared_experts > 0
+
+    def stacked(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One projection of all experts, (E, in, out), ready for a grouped product."""
+        return torch.stack([getattr(e, name).weight.to(dtype) for e in self.experts]).transpose(1, 2)
+
+    def forward(self, x, valid=None):
+        """x (B, T, D) -> output (B, T, D), balance loss (scalar), expert load (E,) = share of choices."""
+        flat = x.reshape(-1, x.shape[-1])
+        router_logits = F.linear(flat.float(), self.gate.weight.float())  # routing decisions in float32
+        probs, weights, experts = route(router_logits, self.top_k, self.norm_topk_prob)
+        choices = experts.reshape(-1)  # (N * k,)
+        order = torch.argsort(choices, stable=True)
+        token = order // self.top_k
+        counts = F.one_hot(choices, self.num_experts).sum(0)
+        grouped = flat[token]  # (N * k, D), expert after expert
+        hidden = F.silu(self.product(grouped, "gate_proj", counts)) * self.product(grouped, "up_proj", counts)
+        out = self.product(hidden, "down_proj", counts).float() * weights.reshape(-1)[order][:, None]
+        combined = torch.zeros(flat.shape, dtype=torch.float32, device=x.device).index_add(0, token, out)
+        y = combined.to(x.dtype)
+        if self.has_shared:
+            for expert in self.shared_experts:
+                y = y + expert(flat)
+        aux = balance_loss(probs, experts, None if valid is None else valid.reshape(-1))
+        load = counts.float() / counts.sum()
+        return y.view_as(x), aux, load
+
+    def product(self, x, name, counts):
+        """x (N * k, in) in expert order times each expert's matrix -> (N * k, out)."""
+        if x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+            weight = self.stacked(name, x.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                return F.grouped_mm(x, weight, offs=counts.cumsum(0).to(torch.int32))
+        slices = x.split(
+            counts.tolist()
+        )  # the fallback: one wait for the counts, then one product per expert
+        return torch.cat([getattr(e, name)(part) for e, part in zip(self.experts, slices)])
+
+
+class Block(nn.Module):
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = (
+            MoEFeedForward(config)
+            if config.use_moe
+            else FeedForward(config.hidden_size, config.intermediate_size)
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = config.dropout
+        self.use_moe = config.use_moe
+
+    def forward(self, x, cos, sin, mask=None, document_ids=None, valid=None, cache=None):
+        """x (B, T, D) -> x (B, T, D), and for a mixture its balance loss and expert load (else None, None)."""
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin, mask, document_ids, cache))
+        h = self.post_attention_layernorm(x)
+        if not self.use_moe:
+            return x + self.drop(self.mlp(h)), None, None
+        y, aux, load = self.mlp(h, valid)
+        return x + self.drop(y), aux, load
+
+    def drop(self, x):
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loss over the vocabulary
+# --------------------------------------------------------------------------------------------------------------------
+
+LOSS_CHUNK = 1024  # positions whose logits exist at the same time
+
+
+def chunk_cross_entropy(hidden, weight, targets):
+    """hidden (n, D), weight (V, D), targets (n,) valid ids -> summed loss (float32 scalar) and the gradient of that
+    sum by the logits, (n, V) in hidden's dtype: softmax - onehot."""
+    logits = (hidden @ weight.T).float()
+    log_norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+    loss = (log_norm - logits.gather(1, targets[:, None])).sum()
+    positions = torch.arange(logits.shape[1], device=logits.device)
+    grad = torch.exp(logits - log_norm) - (positions == targets[:, None]).to(logits.dtype)
+    return loss, grad.to(hidden.dtype)
+
+
+class LinearCrossEntropySum(torch.autograd.Function):
+    """Sum of -log softmax(hidden @ weight.T)[target], LOSS_CHUNK positions at a time.
+
+    The gradient by the logits is known as soon as the logits are, so both matrix gradients are taken in the forward pass
+    and the (N, V) logits are never kept.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, compute_chunk):
+        needs_grad = hidden.requires_grad or weight.requires_grad
+        w = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        )
+        for start in range(0, hidden.shape[0], LOSS_CHUNK):
+            part = slice(start, start + LOSS_CHUNK)
+            loss, grad = compute_chunk(hidden[part], w, targets[part])
+            total += loss
+            if needs_grad:
+                torch.mm(grad, w, out=grad_hidden[part])
+                grad_weight += grad.T @ hidden[part]
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            (grad_hidden * grad_total).to(grad_hidden.dtype),
+            (grad_weight * grad_total).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy_sum(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compute_chunk=chunk_cross_entropy
+) -> torch.Tensor:
+    """Summed next-token loss without the logits of all positions in memory.
+
+    hidden (N, D), weight (V, D), targets (N,) with -100 = not a target -> float32 scalar; 0 when nothing is a target.
+    `compute_chunk` may be a compiled `chunk_cross_entropy`.
+    """
+    keep = (targets != -100).nonzero().squeeze(1)  # prompts and padding cost no vocabulary product
+    with torch.autocast(hidden.device.type, enabled=False):
+        return LinearCrossEntropySum.apply(hidden[keep], weight, targets[keep], compute_chunk)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class MiniMindModel(nn.Module):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryTable(config)
+        self.run_block = (
+            Block.forward
+        )  # replaced by its compiled form in `MiniMindForCausalLM.compile_blocks`
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None
+    ):
+        """-> hidden states (B, T, D), balance loss (scalar: mean over layers, not yet multiplied by its coefficient, or
+        None), expert load (layers, E) or None. See MiniMindForCausalLM.forward for the arguments."""
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        device = x.device
+        if torch.is_autocast_enabled(device.type):  # the residual stream travels in the compute dtype
+            x = x.to(torch.get_autocast_dtype(device.type))
+        B, T, _ = x.shape
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cos, sin = self.rotary(past + T, device)
+        document_ids = None
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.dim() == 2:  # left padding shifts the positions
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+                cos, sin = cos[position_ids], sin[position_ids]
+            else:
+                cos, sin = cos[None, past : past + T], sin[None, past : past + T]
+        else:
+            if attention_mask is None and past_key_values is None and T > 1:
+                document_ids = (position_ids == 0).cumsum(-1).expand(B, T)
+            cos, sin = cos[position_ids], sin[position_ids]
+        cos, sin = cos.to(x.dtype).unsqueeze(2), sin.to(x.dtype).unsqueeze(2)
+        mask = self.build_mask(attention_mask, past_key_values, past, B, T, device)
+        valid = None
+        if self.config.use_moe and attention_mask is not None and attention_mask.dim() == 2:
+            valid = attention_mask[:, -T:]
+        if self.config.dropout:
+            x = F.dropout(x, self.config.dropout, self.training)
+
+        aux_losses, loads = [], []
+        for layer in self.layers:
+            args = (layer, x, cos, sin, mask, document_ids, valid, past_key_values)
+            if self.gradient_checkpointing and self.training:
+                x, aux, load = torch.utils.checkpoint.checkpoint(self.run_block, *args, use_reentrant=False)
+            else:
+                x, aux, load = self.run_block(*args)
+            if aux is not None:
+                aux_losses.append(aux)
+                loads.append(load.detach())
+        aux_loss = torch.stack(aux_losses).mean() if aux_losses else None
+        return self.norm(x), aux_loss, torch.stack(loads) if loads else None
+
+    def build_mask(self, attention_mask, cache, past, B, T, device):
+        """(B or 1, 1, T, S) bool, True = may look; None when plain causal attention over T positions is meant.
+
+        Query i sits in slot past + i and sees slots up to its own that hold a real token. A padding row sees itself, so
+        that no row of the softmax is empty (an empty row would be NaN).
+        """
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+        if attention_mask is None and past == 0 and not getattr(cache, "is_compileable", False):
+            return None
+        slots = past + T
+        if cache is not None and getattr(cache, "is_compileable", False):
+            slots = cache.get_max_cache_shape()  # a static cache returns all its slots, filled or not
+        query = torch.arange(past, past + T, device=device)[:, None]
+        key = torch.arange(slots, device=device)[None, :]
+        mask = (key <= query)[None, None]
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            if real.shape[1] < slots:
+                real = F.pad(real, (0, slots - real.shape[1]), value=False)
+            mask = (mask & real[:, None, None, :slots]) | (key == query)
+        return mask
+
+
+class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
+    """The language model. Works alone, with `transformers.generate`, and with `model/generation.py` (faster)."""
+
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.compute_chunk = chunk_cross_entropy
+        self.post_init()
+
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        # A parent is initialised after its children, so this decides for the two projections that write the residual.
+        if isinstance(module, Attention | FeedForward) and self.config.residual_init != "normal":
+            out = module.o_proj if isinstance(module, Attention) else module.down_proj
+            if self.config.residual_init == "zero":
+                nn.init.zeros_(out.weight)
+            else:
+                nn.init.normal_(out.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def compile_blocks(self):
+        """Compile one block and the loss chunk (torch.compile): every layer shares the code, so this costs seconds."""
+        self.model.run_block = torch.compile(Block.forward, dynamic=False)
+        self.compute_chunk = torch.compile(chunk_cross_entropy, dynamic=True)
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        use_cache: bool | None = None,
+        return_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, S) 1/0, padding on either side; not for packed rows.
+            position_ids: (B, T). Without mask and cache, a position 0 starts a new document of a packed row: attention
+                stays inside it.
+            past_key_values: a transformers Cache.
+            labels: (B, T), -100 = not a target; position t is scored by the logits at t - 1 (the shift is done here).
+            num_items_in_batch: the loss is the SUM over targets divided by this count (of the whole optimizer step, over
+                micro-batches and processes); default: the targets in this call.
+            logits_to_keep: compute logits of the last n positions only (0 = all).
+            return_logits: with labels, logits are only computed when asked for.
+
+        Returns:
+            loss (float32, without the balance loss), aux_loss (balance loss times its coefficient; None when dense),
+            logits (B, T', V), past_key_values, hidden_states = (last,) when asked, router_logits holds the expert load
+            (layers, E).
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        hidden, aux_loss, load = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+        )
+        loss = logits = None
+        if labels is not None:
+            # Position T - 1 has no target here: moving labels instead of cutting hidden states keeps the shape.
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+            if num_items_in_batch is None:
+                num_items_in_batch = (targets != -100).sum().clamp(min=1)
+            loss = linear_cross_entropy_sum(
+                hidden.reshape(-1, hidden.shape[-1]), self.lm_head.weight, targets, self.compute_chunk
+            )
+            loss = loss / num_items_in_batch
+        if labels is None if return_logits is None else return_logits:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=None if aux_loss is None else aux_loss * self.config.router_aux_loss_coef,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=(hidden,) if output_hidden_states else None,
+            router_logits=None if load is None else (load,),
+        )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all parameters, parameters that work on one token): they differ for a mixture of experts."""
+    total = sum(p.numel() for p in model.parameters())
+    config = model.config
+    if not config.use_moe:
+        return total, total
+    one_expert = 3 * config.hidden_size * config.moe_intermediate_size
+    idle = (config.num_experts - config.num_experts_per_tok) * one_expert * config.num_hidden_layers
+    return total, total - idle
+
+
+def flops_per_token(config: MiniMindConfig, seq_len: int, num_active: int) -> float:
+    """Training FLOPs per token, forward + backward: 6 per active weight in a matrix product (the tied head included, the
+    embedding look-up not) + causal attention 6 * layers * H * head_dim * seq_len (half of the full square)."""
+    matmul_params = num_active - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    return 6.0 * matmul_params + attention
