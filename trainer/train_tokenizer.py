@@ -1,0 +1,667 @@
+"""Train the vocabulary: byte-level byte-pair encoding (BPE), 6,400 entries.
+
+Start from the 256 bytes, so that any text can be written. Then repeat: count the adjacent pairs of tokens inside the
+words of a corpus and merge the most frequent pair into a new token, until the vocabulary is full. Sennrich et al. 2016,
+https://arxiv.org/abs/1508.07909, algorithm 1, on bytes as in GPT-2. Text is first cut into words by Qwen2's regular
+expression, merges never cross a word; every digit is a word of its own, so numbers always split the same way.
+
+You do not need this stage. Weights and vocabulary belong together: a model trained with one tokenizer reads nonsense
+through another. The script is for study, and for those who start everything anew.
+
+    python trainer/train_tokenizer.py --data_path dataset/pretrain.jsonl dataset/sft.jsonl
+    python trainer/train_tokenizer.py --eval_only model
+
+Reads .jsonl / .parquet rows of {"text": ...} or {"conversations": [...]}, or .txt; writes out/tokenizer/tokenizer.json,
+tokenizer_config.json and chat_template.jinja. The same input gives the same file, byte for byte.
+"""
+
+import argparse
+import codecs
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
+
+
+# What the vocabulary must contain -------------------------------------------------------------------------------------
+
+# The first ids, in this order, with the same ids and roles as MiniMind's. Special ones vanish from decoded text
+# (skip_special_tokens=True); the tags of tool calls and of thinking stay, because programs parse them.
+SPECIAL_TOKENS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
+    "<|audio_start|> <|audio_end|> <|audio_pad|> <tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single>"
+).split()
+PLAIN_TOKENS = "<tool_call> </tool_call> <tool_response> </tool_response> <think> </think>".split()
+PLAIN_TOKENS += [f"<|buffer{i}|>" for i in range(1, 10)]  # free for whoever extends a trained model
+RESERVED_TOKENS = SPECIAL_TOKENS + PLAIN_TOKENS  # ids 0 ... 35
+
+# Qwen2's word regex, character for character: converters recognise it by its hash, and llama.cpp and Ollama then cut
+# text as we do (tokenizer.ggml.pre = qwen2).
+WORD_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Vocabulary sizes for the comparison table, and the parameters of 8 layers of width 512 without their embedding.
+KNOWN_VOCABULARIES = {"Yi": 64000, "Qwen2": 151643, "GLM": 151329, "Mistral": 32000, "Llama-3": 128000}
+WIDTH, BODY_PARAMETERS = 512, 22_553_088
+
+SAMPLES = {
+    "Chinese": [
+        "清晨的阳光照进窗户，小城慢慢醒来。卖早点的老人推着车走过石桥，豆浆的香气飘满了整条街。",
+        "请用三句话解释一下，为什么天空看起来是蓝色的，而傍晚的太阳却是红色的？",
+        "水在标准大气压下加热到一百度会沸腾，这时液态的水变成水蒸气，体积增大许多倍。",
+    ],
+    "English": [
+        "The train left the station a little late, and nobody on the platform seemed to mind. It was warm for March.",
+        "Could you explain in three sentences why the sky looks blue, while the evening sun looks red?",
+        "Water boils at one hundred degrees at normal pressure: the liquid turns into steam and takes far more room.",
+    ],
+    "code": [
+        "def mean(values):\n    if not values:\n        raise ValueError('no values')\n"
+        "    return sum(values) / len(values)\n\n\nfor name, row in table.items():\n    print(f'{name}: {mean(row):.2f}')\n",
+        'for (int i = 0; i < n; ++i) {\n    if (a[i] > best) { best = a[i]; index = i; }\n}\nreturn {"index", index};\n',
+    ],
+    "digits": [
+        "3.14159265358979 + 2.71828182845905 = 5.85987448204884",
+        "1024 * 768 = 786432; 2026-11-21 07:30:59",
+    ],
+}
+
+
+class DataError(ValueError):
+    """The user's data cannot be used; the message says which file and line, and what to do."""
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_documents(path: Path) -> Iterator[list[str]]:
+    """Yield documents of one file as lists of strings, in constant memory. Raises DataError with file and line."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist. Pass --data_path with a .jsonl, .parquet or .txt file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty. Pass a file with text in it")
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif path.suffix in (".jsonl", ".json"):
+        for number, line in _read_lines(path):
+            if line.strip():
+                yield _document_of_row(_parse(line, path, number), f"{path}:{number}")
+    elif path.suffix == ".txt":
+        block, size = [], 0
+        for _, line in _read_lines(path):
+            block.append(line)
+            size += len(line)
+            if size > 4000:
+                yield ["".join(block)]
+                block, size = [], 0
+        if block:
+            yield ["".join(block)]
+    else:
+        raise DataError(f"{path}: unknown kind of file. Give .jsonl, .parquet or .txt")
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}:{number}: not UTF-8 (byte {error.start} of the line). Convert the file first, "
+                    "e.g. iconv -f GB18030 -t UTF-8"
+                ) from None
+
+
+def _parse(line: str, path: Path, number: int):
+    try:
+        row = json.loads(line)
+        line.encode("utf-8")
+        return row
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}). One JSON object per line is "
+            f"expected: repair the line or delete it (sed -i {number}d)"
+        ) from None
+
+
+def _document_of_row(row, where: str) -> list[str]:
+    """The strings of one row: its text, or all that the messages of a conversation say."""
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        texts = [row["text"]]
+    elif isinstance(row, dict) and isinstance(row.get("conversations"), list):
+        texts = []
+        for message in row["conversations"]:
+            if not isinstance(message, dict):
+                raise DataError(f"{where}: a message is not an object. Each needs 'role' and 'content'")
+            for key in ("content", "reasoning_content", "tools", "tool_calls"):
+                value = message.get(key)
+                if value:
+                    texts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    else:
+        raise DataError(f"{where}: neither a string 'text' nor a list 'conversations'. See docs/tokenizer.md")
+    try:
+        for text in texts:
+            text.encode("utf-8")
+    except UnicodeEncodeError:  # "\ud83d" alone: legal JSON, but no character
+        raise DataError(f"{where}: half of a surrogate pair, which is no character. Delete the row") from None
+    return texts
+
+
+def _read_parquet(path: Path) -> Iterator[list[str]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise DataError(f"{path}: reading parquet needs pyarrow. Install it, or convert to .jsonl") from None
+    try:
+        file = parquet.ParquetFile(path)
+    except Exception as error:  # pyarrow raises several unrelated types here
+        raise DataError(f"{path}: not a readable parquet file ({error}). Download it again") from None
+    columns = [name for name in ("text", "conversations") if name in file.schema_arrow.names]
+    number = 0
+    for batch in file.iter_batches(batch_size=256, columns=columns):
+        for row in batch.to_pylist():
+            number += 1
+            yield _document_of_row(row, f"{path}: row {number}")
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+
+def language_of(document: list[str]) -> str:
+    """'zh' if at least a quarter of the UTF-8 bytes belongs to characters of three bytes (nearly always Chinese here),
+    else 'en' (English, code, numbers). Cheap: needs only two lengths."""
+    characters = sum(map(len, document))
+    num_bytes = sum(len(text.encode("utf-8")) for text in document)
+    return "zh" if (num_bytes - characters) * 1.5 >= 0.25 * num_bytes and num_bytes else "en"
+
+
+def place_of(document: list[str]) -> float:
+    """A number in [0, 1) that depends on nothing but the content. Thresholds on it choose samples: no seed, no state,
+    and a document keeps its fate when others are added."""
+    digest = hashlib.blake2b("\0".join(document).encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def sampling_rates(num_bytes: dict[str, int], max_bytes: int, zh_share: float) -> dict[str, float]:
+    """Probability per language to take a document, so that about max_bytes are taken in the wished shares. A language
+    with too little text is taken whole, and the other one shrinks with it, so that the shares hold."""
+    share = {"zh": zh_share, "en": 1 - zh_share}
+    present = {name: share[name] for name in share if share[name] > 0 and num_bytes.get(name, 0) > 0}
+    if not present:
+        raise DataError(
+            f"no text in the wished language (bytes found: {num_bytes}). Change --zh_share or the data"
+        )
+    whole = sum(present.values())
+    budget = min([max_bytes] + [num_bytes[name] * whole / part for name, part in present.items()])
+    return {name: min(1.0, budget * part / whole / num_bytes[name]) for name, part in present.items()}
+
+
+def split_long_runs(text: str, max_cjk: int = 16, max_run: int = 128) -> list[str]:
+    """Cut runs that the word regex would count as one enormous word. Chinese has no blanks: a clause is one "word", so
+    nearly all words would be different, which costs memory and lets BPE learn whole sentences by heart. Only training
+    sees these cuts; the shipped tokenizer cuts with the regex alone. Joined, the pieces are the text."""
+    pattern = re.compile(
+        rf"[\u3400-\u9fff]{{{max_cjk}}}(?=[\u3400-\u9fff])|\S{{{max_run}}}(?=\S)|\s{{{max_run}}}(?=\s)"
+    )
+    pieces, start = [], 0
+    for match in pattern.finditer(text):
+        pieces.append(text[start : match.end()])
+        start = match.end()
+    pieces.append(text[start:])
+    return [piece for piece in pieces if piece]
+
+
+class Corpus:
+    """A balanced sample of some files, streamed: memory does not depend on their size."""
+
+    def __init__(
+        self, paths: list[Path], max_bytes: int, zh_share: float, holdout: float, quiet: bool = False
+    ):
+        self.paths, self.holdout, self.quiet = paths, holdout, quiet
+        self.num_bytes, self.num_documents = {"zh": 0, "en": 0}, 0
+        for document in self._stream("measuring"):
+            self.num_documents += 1
+            self.num_bytes[language_of(document)] += sum(len(text.encode("utf-8")) for text in document)
+        if not sum(self.num_bytes.values()):
+            raise DataError(f"no text found in {', '.join(map(str, paths))}. Pass files with text in them")
+        self.rates = sampling_rates(self.num_bytes, max_bytes, zh_share)
+        self.sampled_bytes = {"zh": 0, "en": 0}
+
+    def _stream(self, what: str) -> Iterator[list[str]]:
+        total, before, begin, last = (
+            sum(p.stat().st_size for p in self.paths if p.is_file()),
+            0,
+            time.time(),
+            time.time(),
+        )
+        for path in self.paths:
+            seen = 0
+            for document in read_documents(path):
+                yield document
+                seen += sum(len(text.encode("utf-8")) for text in document)
+                if not self.quiet and time.time() - last > 3:
+                    last = time.time()
+                    done = min(before + seen, total) / total
+                    left = (last - begin) * (1 - done) / max(done, 1e-9)
+                    print(
+                        f"{what} {done:4.0%} | {(before + seen) / 1e6 / (last - begin):.0f} MB/s | {left:.0f} s left"
+                    )
+            before += path.stat().st_size
+
+    def training_pieces(self) -> Iterator[list[str]]:
+        """Batches of strings for the BPE trainer."""
+        self.sampled_bytes = {"zh": 0, "en": 0}
+        batch, size = [], 0
+        for document in self._stream("sampling"):
+            language = language_of(document)
+            if place_of(document) >= self.rates.get(language, 0.0) * (1 - self.holdout):
+                continue
+            for text in document:
+                self.sampled_bytes[language] += len(text.encode("utf-8"))
+                batch += split_long_runs(text)
+                size += len(text)
+            if size > 1_000_000:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def heldout(self, max_bytes: int = 1_000_000) -> dict[str, list[str]]:
+        """Documents that training never saw, at most max_bytes per language."""
+        kept, size = {"zh": [], "en": []}, {"zh": 0, "en": 0}
+        for document in self._stream("held-out"):
+            language = language_of(document)
+            if place_of(document) >= 1 - self.holdout and size[language] < max_bytes:
+                kept[language] += document
+                size[language] += sum(len(text.encode("utf-8")) for text in document)
+        return {f"held-out {name}": texts for name, texts in kept.items() if texts}
+
+
+# Training and writing -------------------------------------------------------------------------------------------------
+
+
+def train_merges(pieces: Iterable[list[str]], vocab_size: int, show_progress: bool = False) -> dict:
+    """The tokenizer as the JSON object of the `tokenizers` library. Merges learned with Qwen2's words."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    smallest = len(RESERVED_TOKENS) + 256
+    if vocab_size < smallest:
+        raise DataError(
+            f"--vocab_size must be at least {smallest}: {len(RESERVED_TOKENS)} reserved tokens and 256 bytes"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_REGEX), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=RESERVED_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=show_progress,
+    )
+    tokenizer.train_from_iterator(pieces, trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise DataError(
+            f"the text is too small: only {tokenizer.get_vocab_size()} of {vocab_size} entries could be learned. "
+            "Give more data or a smaller --vocab_size"
+        )
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [
+        {
+            "id": number,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": token in SPECIAL_TOKENS,
+        }
+        for number, token in enumerate(RESERVED_TOKENS)
+    ]
+    # "a b" instead of ["a", "b"]: every reader knows the older form, and byte-level tokens contain no blank.
+    spec["model"]["merges"] = [
+        merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]
+    ]
+    spec["model"]["vocab"] = dict(sorted(spec["model"]["vocab"].items(), key=lambda item: item[1]))
+    return spec
+
+
+def tokenizer_config(template: str) -> dict:
+    """tokenizer_config.json: roles and chat template, in words that transformers 4 and 5 both read."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "additional_special_tokens": SPECIAL_TOKENS[1:],
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "spaces_between_special_tokens": False,
+        "model_max_length": 32768,
+        # Names by which a model that sees or hears finds its placeholders.
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "audio_token": "<|audio_pad|>",
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+        "audio_bos_token": "<|audio_start|>",
+        "audio_eos_token": "<|audio_end|>",
+        "chat_template": template,
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def write_config(folder: Path, template: str) -> None:
+    write_text(folder / "chat_template.jinja", template)
+    write_text(
+        folder / "tokenizer_config.json",
+        json.dumps(tokenizer_config(template), ensure_ascii=False, indent=2) + "\n",
+    )
+
+
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path):
+    """The bare `tokenizers.Tokenizer` of a folder."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist. Pass a folder with a tokenizer.json, e.g. {ROOT / 'model'}")
+    return Tokenizer.from_file(str(path))
+
+
+def byte_of_character() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one visible character: printable Latin-1 as itself, the others from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def token_bytes(tokenizer) -> list[bytes]:
+    """The bytes that each id stands for."""
+    table, reserved = byte_of_character(), tokenizer.get_added_tokens_decoder()
+    result = []
+    for number in range(tokenizer.get_vocab_size()):
+        token = tokenizer.id_to_token(number)
+        result.append(token.encode("utf-8") if number in reserved else bytes(table[c] for c in token))
+    return result
+
+
+def stream_text(ids: Iterable[int], bytes_of: list[bytes]) -> Iterator[str]:
+    """Text as it becomes known while tokens arrive one by one: half a character is kept until it is complete."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for number in ids:
+        if text := decoder.decode(bytes_of[number]):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
+
+
+def measure(tokenizer, texts: list[str]) -> dict:
+    """Compression of some texts and whether they survive: bytes, characters and tokens, round trip and streaming."""
+    bytes_of = token_bytes(tokenizer)
+    num_tokens, whole, streamed = 0, True, True
+    for start in range(0, len(texts), 256):
+        for text, encoding in zip(
+            texts[start : start + 256],
+            tokenizer.encode_batch(texts[start : start + 256], add_special_tokens=False),
+        ):
+            num_tokens += len(encoding.ids)
+            whole &= tokenizer.decode(encoding.ids, skip_special_tokens=False) == text
+            streamed &= "".join(stream_text(encoding.ids, bytes_of)) == text
+    num_bytes, characters = sum(len(text.encode("utf-8")) for text in texts), sum(map(len, texts))
+    return {
+        "bytes": num_bytes,
+        "tokens": num_tokens,
+        "bytes_per_token": num_bytes / max(num_tokens, 1),
+        "chars_per_token": characters / max(num_tokens, 1),
+        "round_trip": whole,
+        "streaming": streamed,
+    }
+
+
+def print_compression(tokenizer, samples: dict[str, list[str]], others: dict) -> bool:
+    """Table of bytes per token. `others` are tokenizers to compare with, by name. True if all texts survived."""
+    head = f"{'text':14} {'bytes':>9} {'tokens':>8} {'chars/token':>12} {'bytes/token':>12} {'round trip':>11} {'streaming':>10}"
+    print(head + "".join(f" {name[:20]:>20}" for name in others))
+    good = True
+    for name, texts in samples.items():
+        row = measure(tokenizer, texts)
+        good &= row["round_trip"] and row["streaming"]
+        print(
+            f"{name:14} {row['bytes']:9d} {row['tokens']:8d} {row['chars_per_token']:12.3f} {row['bytes_per_token']:12.3f} "
+            f"{'ok' if row['round_trip'] else 'BROKEN':>11} {'ok' if row['streaming'] else 'BROKEN':>10}"
+            + "".join(f" {measure(other, texts)['bytes_per_token']:20.3f}" for other in others.values())
+        )
+    return good
+
+
+def print_vocabulary(tokenizer) -> None:
+    """What the entries are, with a few of each kind to look at."""
+    kinds = {"Chinese": [], "Latin words": [], "digits and signs": [], "parts of characters": [], "other": []}
+    for number, raw in enumerate(token_bytes(tokenizer)):
+        if number < len(RESERVED_TOKENS):
+            continue
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            kinds["parts of characters"].append(repr(raw)[2:-1])
+            continue
+        if re.search(r"[\u3400-\u9fff]", text):
+            kind = "Chinese"
+        elif re.search(r"[A-Za-z]", text):
+            kind = "Latin words"
+        else:
+            kind = "digits and signs" if text.isascii() else "other"
+        kinds[kind].append(text)
+    for kind, tokens in kinds.items():
+        longest = sorted(tokens, key=lambda token: (-len(token), token))[:6]
+        print(
+            f"{kind:20} {len(tokens):5d}   longest: {' '.join(json.dumps(t, ensure_ascii=False) for t in longest)}"
+        )
+
+
+def print_known_vocabularies(vocab_size: int) -> None:
+    """What a larger vocabulary would cost this model: the (tied) embedding as a share of all parameters."""
+    print(
+        f"\n{'vocabulary':12} {'entries':>8} {'embedding at width ' + str(WIDTH):>24} {'share of the model':>19}"
+    )
+    for name, size in {**KNOWN_VOCABULARIES, "this one": vocab_size}.items():
+        embedding = size * WIDTH
+        print(
+            f"{name:12} {size:8d} {embedding / 1e6:22.2f} M {embedding / (embedding + BODY_PARAMETERS):18.1%}"
+        )
+
+
+def print_template(folder: Path) -> None:
+    """A short conversation through the chat template, as a model sees it."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        print("(transformers is not installed: the chat template is not shown)")
+        return
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    messages = [
+        {"role": "user", "content": "你好，2+3=?"},
+        {"role": "assistant", "content": "5", "reasoning_content": "2+3 is 5."},
+        {"role": "user", "content": "Thanks!"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    print(f"\nchat template, {len(ids)} tokens, decodes to itself: {tokenizer.decode(ids) == text}\n{text}")
+
+
+def evaluate(folder: Path, samples: dict[str, list[str]], compare: list[Path]) -> bool:
+    tokenizer = load_tokenizer(folder)
+    print(f"\n{folder}: {tokenizer.get_vocab_size()} entries, sha256 {file_hash(folder / 'tokenizer.json')}")
+    good = print_compression(tokenizer, samples, {other.name: load_tokenizer(other) for other in compare})
+    print()
+    print_vocabulary(tokenizer)
+    print_known_vocabularies(tokenizer.get_vocab_size())
+    if (folder / "tokenizer_config.json").is_file():
+        print_template(folder)
+    return good
+
+
+# Command line ---------------------------------------------------------------------------------------------------------
+
+
+def byte_count(text: str) -> int:
+    """'64M' -> 64000000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.strip().upper())
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write for example 64M")
+    return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: write a number from 0 to 1")
+    return value
+
+
+def parse_args(argv=None):
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    add = parser.add_argument
+    add("--data_path", nargs="+", type=Path, default=[], help="files to learn from (.jsonl, .parquet, .txt)")
+    add("--out_dir", type=Path, default=ROOT / "out" / "tokenizer", help="folder to write")
+    add("--overwrite", action="store_true", help="replace a tokenizer that lies in --out_dir")
+    add("--vocab_size", type=int, default=6400, help="entries, the 36 reserved tokens included")
+    add(
+        "--max_bytes", type=byte_count, default="64M", help="text to learn from at most; memory grows with it"
+    )
+    add("--zh_share", type=share, default=0.5, help="share of Chinese among the sampled bytes")
+    add("--holdout", type=share, default=0.01, help="share of documents kept for measuring, by content hash")
+    add("--num_threads", type=int, default=2, help="threads for counting words")
+    add("--eval_only", type=Path, metavar="DIR", help="train nothing, measure the tokenizer in DIR")
+    add(
+        "--eval_path",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="files to measure on, besides the built-in samples",
+    )
+    add(
+        "--compare", nargs="+", type=Path, default=[], metavar="DIR", help="tokenizers to measure beside ours"
+    )
+    add(
+        "--config_only",
+        type=Path,
+        metavar="DIR",
+        help="rewrite the config of DIR after its template was edited",
+    )
+    return parser.parse_args(argv)
+
+
+def main(args) -> None:
+    os.environ["RAYON_NUM_THREADS"] = str(args.num_threads)  # read when `tokenizers` is first imported
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if args.config_only:
+        template = args.config_only / "chat_template.jinja"
+        if not template.is_file():
+            raise DataError(
+                f"{template} does not exist. Pass the folder of a tokenizer, e.g. {ROOT / 'model'}"
+            )
+        write_config(args.config_only, template.read_text(encoding="utf-8"))
+        print(f"wrote {args.config_only / 'tokenizer_config.json'}")
+        return
+
+    samples = dict(SAMPLES)
+    for path in args.eval_path:
+        samples[path.name[:14]] = [text for document in read_documents(path) for text in document]
+    if args.eval_only:
+        if not evaluate(args.eval_only, samples, args.compare):
+            raise DataError(
+                f"{args.eval_only}: a text did not survive encoding and decoding (see BROKEN above)"
+            )
+        return
+
+    if not args.data_path:
+        raise DataError("nothing to learn from. Pass --data_path FILE ..., or --eval_only DIR to measure")
+    target = args.out_dir / "tokenizer.json"
+    if target.exists() and not args.overwrite:
+        raise DataError(
+            f"{target} exists. Weights trained with it need it: choose another --out_dir, or pass --overwrite"
+        )
+
+    import tokenizers
+
+    begin = time.time()
+    corpus = Corpus(args.data_path, args.max_bytes, args.zh_share, args.holdout)
+    found = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in corpus.num_bytes.items())
+    rates = ", ".join(f"{name} {rate:.0%}" for name, rate in corpus.rates.items())
+    print(f"{corpus.num_documents} documents: {found}; sampling {rates}; tokenizers {tokenizers.__version__}")
+    spec = train_merges(corpus.training_pieces(), args.vocab_size, show_progress=True)
+
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    write_text(target, json.dumps(spec, ensure_ascii=False, indent=1) + "\n")
+    template = ROOT / "model" / "chat_template.jinja"
+    write_config(args.out_dir, template.read_text(encoding="utf-8"))
+    sampled = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in corpus.sampled_bytes.items())
+    print(f"learned from {sampled} in {time.time() - begin:.0f} s{_peak_memory()}")
+    for path in args.data_path:
+        print(f"input  sha256 {file_hash(path)}  {path}")
+    print(f"output sha256 {file_hash(target)}  {target}")
+    if args.holdout:
+        samples |= corpus.heldout()
+    if not evaluate(args.out_dir, samples, args.compare):
+        raise DataError(f"{args.out_dir}: a text did not survive encoding and decoding (see BROKEN above)")
+
+
+def _peak_memory() -> str:
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1 << 20 if sys.platform == "linux" else 1 << 30
+    )
+    return f", peak memory {peak:.2f} GB"
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except DataError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
