@@ -1,0 +1,546 @@
+"""Where a stage runs: device, precision, processes, seeds, and the optimizer step. No algorithm lives here.
+
+A stage calls `start(args)` first and `stop(rt)` last; in between it never asks for a rank, a device or a dtype. One
+process on a laptop and sixteen under torchrun take the same path: every function below does nothing, or does the same,
+when the world has one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
+MAX_OVERFLOWS = 25  # the same with a GradScaler, whose first steps overflow on purpose while it looks for its scale
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, and the message says what to do; `cli.run` prints it as one line."""
+
+
+@dataclass
+class Runtime:
+    """What `start` found. Stages use `autocast()` and `seed_step(step)`; the rest is for the helpers."""
+
+    device: torch.device
+    dtype: torch.dtype  # compute type of autocast; weights, gradients and optimizer state stay float32
+    seed: int
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    scaler: torch.amp.GradScaler | None = None  # float16 only
+    host_group: object = None  # gloo group for numbers that live on the CPU
+    samples: str = ""  # what the current step is computed from, so that a bad step can name it (set by batches)
+    bad_steps: int = 0  # non-finite steps in a row
+    skipped: int = 0  # steps that changed nothing, in the whole run
+    stop_signal: str | None = None  # this process was asked to stop
+    stopping: bool = False  # all processes agreed to stop after this step
+    started: float = field(default_factory=time.monotonic)
+    old_handlers: dict = field(default_factory=dict)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *words):
+        if self.is_main:
+            print(*words, flush=True)
+
+    def autocast(self):
+        """Matrix products in `dtype`, everything that needs precision in float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def seed_step(self, step: int):
+        """Make every draw of this step a function of (seed, step, rank): dropout, sampling, augmentation. This is why
+        resuming needs no saved generator state, and why no two ranks draw alike."""
+        mixed = mix_seed(self.seed, step, self.rank)
+        torch.manual_seed(mixed)
+        random.seed(mixed)
+        np.random.seed(mixed % 2**32)
+
+
+def mix_seed(*numbers: int) -> int:
+    """A 63-bit number from a few small ones; neighbours give unrelated results (splitmix64, Steele et al. 2014)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        state ^= state >> 31
+    return state >> 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Start and stop
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def start(args) -> Runtime:
+    """Look at the machine and the torchrun environment; reads args.device, args.dtype, args.seed, args.num_threads.
+
+    After this all ranks share the same torch seed, so that they build the same initial weights.
+    """
+    tune_allocator()
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = choose_device(getattr(args, "device", "auto"), world_size, local_rank)
+    set_threads(getattr(args, "num_threads", 0), device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype = choose_dtype(getattr(args, "dtype", "auto"), device)
+    rt = Runtime(device, dtype, seed=args.seed, local_rank=local_rank)
+    if world_size > 1:
+        rt.rank, rt.world_size = int(os.environ["RANK"]), world_size
+        # A step takes seconds, so half an hour of silence means a lost process; the host group also waits for rank 0
+        # while it tokenizes a large corpus, which may take longer.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        rt.host_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+    if dtype == torch.float16:
+        rt.scaler = torch.amp.GradScaler(device.type)
+    torch.manual_seed(mix_seed(rt.seed))
+    random.seed(rt.seed)
+    np.random.seed(rt.seed % 2**32)
+    return rt
+
+
+def stop(rt: Runtime):
+    """Give signals back, and leave the process group together so that nobody waits for somebody who left."""
+    release_signals(rt)
+    if rt.world_size > 1:
+        dist.barrier(group=rt.host_group)
+        dist.destroy_process_group()
+
+
+def describe(rt: Runtime) -> str:
+    """One phrase for the first lines of a run."""
+    if rt.device.type == "cuda":
+        name = torch.cuda.get_device_name(rt.device)
+    elif rt.device.type == "cpu":
+        name = f"{torch.get_num_threads()} threads"
+    else:
+        name = platform.machine()
+    precision = str(rt.dtype).removeprefix("torch.")
+    precision += {torch.float32: "", torch.float16: " compute with loss scaling, float32 weights"}.get(
+        rt.dtype, " compute, float32 weights"
+    )
+    processes = "1 process" if rt.world_size == 1 else f"{rt.world_size} processes"
+    return f"{rt.device.type} ({name}), {precision}, {processes}"
+
+
+def choose_device(wanted: str, world_size: int = 1, local_rank: int = 0) -> torch.device:
+    """CUDA before MPS before CPU; under torchrun each process takes the card of its local rank."""
+    if wanted in (None, "auto"):
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted == "cpu" and torch.backends.mps.is_available() and world_size == 1:
+            wanted = "mps"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise TrainingError(f"--device {wanted} is not a device; use auto, cuda, cuda:1, mps or cpu") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise TrainingError(
+                f"--device {wanted}: torch {torch.__version__} sees no CUDA GPU; use --device auto, or install a torch "
+                "build with CUDA"
+            )
+        index = local_rank if world_size > 1 else device.index or 0
+        if index >= torch.cuda.device_count():
+            raise TrainingError(
+                f"process {local_rank} of this machine wants GPU {index}, but only {torch.cuda.device_count()} are "
+                "visible: lower --nproc_per_node, or pass --device cpu"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise TrainingError("--device mps: no Apple GPU here; use --device auto")
+        if world_size > 1:
+            raise TrainingError("--device mps runs one process only: start without torchrun, or pass --device cpu")
+    elif device.type != "cpu":
+        raise TrainingError(f"--device {wanted} is not supported; use auto, cuda, mps or cpu")
+    return device
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where the hardware multiplies it, else float16 with loss scaling on CUDA, else float32."""
+    if wanted in (None, "auto"):
+        if has_bfloat16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
+    wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}.get(wanted, wanted)
+    if wanted not in DTYPES:
+        raise TrainingError(f"--dtype {wanted} is unknown; use auto, {', '.join(DTYPES)}")
+    if wanted == "float16" and device.type != "cuda":
+        raise TrainingError(
+            f"--dtype float16 on {device.type} would be slower and less exact than float32; use --dtype auto"
+        )
+    return DTYPES[wanted]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run in hardware (everywhere else they work, slowly)."""
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "mps":
+        if not torch.backends.mps.is_macos_or_newer(14, 0):
+            return False
+        try:
+            return bool(torch.ones(1, dtype=torch.bfloat16, device=device).add(1).isfinite().all())
+        except (RuntimeError, TypeError):
+            return False
+    return cpu_has_bfloat16()
+
+
+def cpu_has_bfloat16() -> bool:
+    """Intel AMX or AVX512-BF16 (Intel and AMD): asked from torch where it tells, else from the kernel."""
+    wanted = ("amx_bf16", "avx512_bf16")
+    if hasattr(torch.cpu, "get_capabilities"):  # torch >= 2.10
+        capabilities = torch.cpu.get_capabilities()
+        if any(name in capabilities for name in wanted):
+            return any(capabilities.get(name) for name in wanted)
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    if probe is not None and probe():
+        return True
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("flags"):
+                return any(name in line.split() for name in wanted)
+    return False
+
+
+def set_threads(num_threads: int, device: torch.device):
+    """0 = what the environment says (OMP_NUM_THREADS), and on CPU under torchrun a fair share of the cores, since
+    torchrun itself sets one thread per process."""
+    if not num_threads and device.type == "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        num_threads = max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
+    if num_threads:
+        torch.set_num_threads(num_threads)
+
+
+def tune_allocator():
+    """Keep freed memory (Linux/glibc): by default every large tensor is mapped and unmapped, and a fresh bfloat16 product
+    loses more time to page faults than to arithmetic. Whole training steps gain 7-9 %."""
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
+        return  # another allocator (jemalloc, tcmalloc) is not glibc's to tune
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Signals
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def catch_signals(rt: Runtime):
+    """From now on Ctrl-C and SIGTERM ask the loop to finish its step, save and exit 0. A second Ctrl-C stops at once;
+    files are written whole or not at all, so even that leaves nothing torn."""
+    if threading.current_thread() is not threading.main_thread() or rt.old_handlers:
+        return
+
+    def on_signal(number, frame):
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        if rt.stop_signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        rt.stop_signal = name
+        if rt.is_main:  # os.write: print may not be entered twice, and a signal can arrive inside print
+            os.write(2, f"\n{name}: finishing this step, then saving (Ctrl-C again: stop at once)\n".encode())
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        rt.old_handlers[number] = signal.signal(number, on_signal)
+
+
+def release_signals(rt: Runtime):
+    for number, handler in rt.old_handlers.items():
+        signal.signal(number, handler)
+    rt.old_handlers.clear()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sums over processes, DDP
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def total(x, rt: Runtime):
+    """The sum of a number (or of a list of numbers) over all processes, in float64 on the CPU.
+
+    Every rank must call it. The request to stop travels with it, so that after any `total` all ranks know the same.
+    """
+    if rt.world_size == 1:
+        rt.stopping = rt.stopping or rt.stop_signal is not None
+        return plain(x)
+    numbers = plain(x)
+    many = isinstance(numbers, list)
+    flat = torch.tensor([*(numbers if many else [numbers]), rt.stop_signal is not None], dtype=torch.float64)
+    dist.all_reduce(flat, group=rt.host_group)
+    rt.stopping = rt.stopping or flat[-1].item() > 0
+    kinds = [type(n) for n in (numbers if many else [numbers])]
+    sums = [kind(value) if kind is int else value for kind, value in zip(kinds, flat[:-1].tolist())]
+    return sums if many else sums[0]
+
+
+def plain(x):
+    """Python numbers from numbers, tensors or lists of them; waits for the device."""
+    if isinstance(x, list | tuple):
+        return [plain(item) for item in x]
+    if isinstance(x, torch.Tensor):
+        x = x.detach().cpu()
+        return x.item() if x.ndim == 0 else x.tolist()
+    return int(x) if isinstance(x, bool) else x
+
+
+def broadcast(x, rt: Runtime):
+    """Rank 0's value of a small Python object, on every rank."""
+    if rt.world_size == 1:
+        return x
+    box = [x]
+    dist.broadcast_object_list(box, src=0, group=rt.host_group)
+    return box[0]
+
+
+@contextlib.contextmanager
+def main_first(rt: Runtime):
+    """The first process of each machine does the work (say, builds the token cache); the others find it done."""
+    if rt.world_size > 1 and rt.local_rank != 0:
+        dist.barrier(group=rt.host_group)
+    yield
+    if rt.world_size > 1 and rt.local_rank == 0:
+        dist.barrier(group=rt.host_group)
+
+
+def wrap(model, rt: Runtime):
+    """Move to the device and, with several processes, wrap for gradient averaging. The loss-bearing forward must go
+    through what this returns; sampling and saving use `bare(model)`."""
+    model.to(rt.device)
+    if rt.world_size == 1:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[rt.device.index] if rt.device.type == "cuda" else None,
+        broadcast_buffers=False,  # nothing in a buffer is learned
+        gradient_as_bucket_view=True,  # no second copy of the gradients
+    )
+
+
+def bare(model):
+    """The model inside the wrapper."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+def no_sync(model, rt: Runtime, last: bool):
+    """Around the forward AND the backward of a micro-batch: gradients are exchanged only for the last one of a step.
+    (Around the backward alone it does nothing: DDP decides in the forward.)"""
+    return contextlib.nullcontext() if rt.world_size == 1 or last else model.no_sync()
+
+
+def backward(loss: torch.Tensor, rt: Runtime):
+    """Gradients of this process's share of a loss that was divided by the count of ALL processes. DDP averages where the
+    formula sums, hence the factor; with float16 the GradScaler adds its own."""
+    loss = loss * rt.world_size
+    (loss if rt.scaler is None else rt.scaler.scale(loss)).backward()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The optimizer step
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def optimizer_step(model, optimizers, rt: Runtime, grad_clip: float) -> float:
+    """Clip, step, clear; returns the gradient norm before clipping (of the synchronised, unscaled gradients).
+
+    A norm that is not finite skips the step: nothing moves, no momentum decays, on any rank (all see the same
+    gradients, so all decide alike). After MAX_BAD_STEPS of those in a row the run stops.
+    """
+    if rt.scaler is not None:
+        for optimizer in optimizers:
+            rt.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
+    grad_norm = norm.item()  # the one wait for the device in a step
+    finite = math.isfinite(grad_norm)
+    if finite:
+        for optimizer in optimizers:
+            optimizer.step() if rt.scaler is None else rt.scaler.step(optimizer)
+        rt.bad_steps = 0
+    if rt.scaler is not None:
+        rt.scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)  # also what no optimizer holds (frozen later, or left out)
+    if not finite:
+        count_bad_step(rt, grad_norm)
+    return grad_norm
+
+
+def count_bad_step(rt: Runtime, grad_norm: float):
+    rt.bad_steps += 1
+    rt.skipped += 1
+    overflow = rt.scaler is not None and rt.scaler.get_scale() >= 1
+    if not overflow:
+        rt.print(
+            f"gradient norm {grad_norm}: step skipped, nothing changed ({rt.bad_steps} in a row); {rt.samples}"
+        )
+    if rt.bad_steps >= (MAX_OVERFLOWS if overflow else MAX_BAD_STEPS):
+        raise TrainingError(
+            f"{rt.bad_steps} steps in a row had a gradient that is not finite, the last from {rt.samples}; the files on "
+            "disk keep the last good weights. Lower --learning_rate or --grad_clip, look at those rows, or pass "
+            "--dtype float32, then continue with --from_resume 1"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# torch.compile
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def maybe_compile(model, use_compile: str | int, rt: Runtime, worth_it: bool = True):
+    """`1`: compile. `0`: do not. `auto`: compile when a short trial succeeds (it needs a C++ compiler on CPU, Triton on
+    CUDA) and `worth_it`; otherwise say so and go on uncompiled. Works on a model (its `compile_blocks` where it has one)
+    or on a function; returns what to call."""
+    wanted = str(use_compile)
+    if wanted == "0":
+        return model
+    if wanted == "auto":
+        reason = None if worth_it else "the run is too short to pay for it"
+        reason = reason or why_not_compile(rt.device)
+        if reason:
+            rt.print(f"torch.compile: off ({reason})")
+            return model
+    if hasattr(model, "compile_blocks"):
+        return model.compile_blocks()
+    if isinstance(model, torch.nn.Module):
+        model.compile()  # in place: state dict names stay as they are
+        return model
+    return torch.compile(model)
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """None when torch.compile works here, else the reason in a few words."""
+    if device.type == "mps":
+        return "not tried on MPS"
+    if device.type == "cpu":
+        names = [os.environ.get("CXX"), "cl"] if os.name == "nt" else [os.environ.get("CXX"), "g++", "clang++"]
+        if not any(name and shutil.which(name) for name in names):
+            return "no C++ compiler found; install g++ for a faster run"
+    try:
+        trial = torch.compile(lambda x: (x * 2 + 1).relu())
+        trial(torch.ones(8, device=device))
+    except Exception as error:  # whatever the compiler stack raises, uncompiled code still works
+        text = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {text[0][:100] if text else 'no message'}"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory and speed of the machine
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def peak_memory_gb(rt: Runtime) -> float:
+    """Most memory held so far: by tensors on a GPU, by the process on a CPU. In GB (10^9 bytes)."""
+    if rt.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(rt.device) / 1e9
+    if rt.device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def available_memory_gb(rt: Runtime) -> float | None:
+    """Memory a run may still take, or None where nobody tells."""
+    if rt.device.type == "cuda":
+        return torch.cuda.mem_get_info(rt.device)[0] / 1e9
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+        if found:
+            return int(found[1]) * 1024 / 1e9
+    return None
+
+
+# Dense bfloat16 tensor rates with float32 accumulation, TFLOP/s, from the vendors' data sheets; first match counts.
+GPU_TFLOPS = [
+    (r"B200|GB200", 2250),
+    (r"H200|GH200|H100.*(SXM|HBM3)|H800", 989),
+    (r"H100", 756),
+    (r"A100|A800", 312),
+    (r"L40S", 362),
+    (r"L40", 181),
+    (r"L4\b", 121),
+    (r"A10G", 70),
+    (r"A10\b", 125),
+    (r"A6000", 155),
+    (r"RTX 5090", 209),
+    (r"RTX 4090", 165),
+    (r"RTX 4080", 98),
+    (r"RTX 3090", 71),
+    (r"RTX 3080", 60),
+    (r"V100", 112),
+    (r"T4", 65),
+]
+
+
+def peak_flops(rt: Runtime) -> float | None:
+    """FLOP/s that count as 100 % in MFU, over all processes: a GPU's data sheet; on a CPU the best of a few products of
+    this project's size, measured here. None when unknown."""
+    if rt.device.type == "cuda":
+        name = torch.cuda.get_device_name(rt.device)
+        for pattern, tflops in GPU_TFLOPS:
+            if re.search(pattern, name):
+                return tflops * 1e12 * rt.world_size * (0.5 if rt.dtype == torch.float32 else 1.0)
+        return None
+    if rt.device.type != "cpu":
+        return None
+    a, b = torch.randn(4096, 512).to(rt.dtype), torch.randn(512, 2048).to(rt.dtype)
+    out = torch.empty(4096, 2048, dtype=rt.dtype)
+    best = 0.0
+    for _ in range(8):
+        begin = time.perf_counter()
+        torch.mm(a, b, out=out)
+        best = max(best, 2 * 4096 * 512 * 2048 / (time.perf_counter() - begin))
+    return best * rt.world_size
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is one of the several ways torch says that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"out of memory|can't allocate memory|DefaultCPUAllocator", str(error))
+    )
+
+
+def memory_advice(args) -> str:
+    """Which flags to lower after running out of memory, most effective first, with their present values."""
+    advice = []
+    if getattr(args, "batch_size", 1) > 1:
+        half = args.batch_size // 2
+        advice.append(
+            f"--batch_size {half} --accumulation_steps {2 * getattr(args, 'accumulation_steps', 1)} (half the memory, "
+            "the same update)"
+        )
+    if getattr(args, "max_seq_len", 0):
+        advice.append(f"a shorter --max_seq_len (now {args.max_seq_len})")
+    advice.append("a smaller --preset or --hidden_size")
+    return "out of memory. Lower, in this order: " + "; ".join(advice)
