@@ -1,18 +1,19 @@
 """Train the vocabulary: byte-level byte-pair encoding (BPE), 6,400 entries.
 
-Start from the 256 bytes, so that any text can be written. Then repeat: count the adjacent pairs of tokens inside the
-words of a corpus and merge the most frequent pair into a new token, until the vocabulary is full. Sennrich et al. 2016,
-https://arxiv.org/abs/1508.07909, algorithm 1, on bytes as in GPT-2. Text is first cut into words by Qwen2's regular
-expression, merges never cross a word; every digit is a word of its own, so numbers always split the same way.
+Start from the 256 bytes, so that any text can be written. Then repeat: count the adjacent pairs of tokens inside
+the words of a corpus and merge the most frequent pair into a new token, until the vocabulary is full. Sennrich et
+al. 2016, https://arxiv.org/abs/1508.07909, algorithm 1, on bytes as in GPT-2. Text is first cut into words by
+Qwen2's regular expression, merges never cross a word; every digit is a word of its own, so numbers always split
+the same way.
 
-You do not need this stage. Weights and vocabulary belong together: a model trained with one tokenizer reads nonsense
-through another. The script is for study, and for those who start everything anew.
+You do not need this stage. Weights and vocabulary belong together: a model trained with one tokenizer reads
+nonsense through another. The script is for study, and for those who start everything anew.
 
     python trainer/train_tokenizer.py --data_path dataset/pretrain.jsonl dataset/sft.jsonl
     python trainer/train_tokenizer.py --eval_only model
 
-Reads .jsonl / .parquet rows of {"text": ...} or {"conversations": [...]}, or .txt; writes out/tokenizer/tokenizer.json,
-tokenizer_config.json and chat_template.jinja. The same input gives the same file, byte for byte.
+Reads .jsonl / .parquet rows of {"text": ...} or {"conversations": [...]}, or .txt; writes tokenizer.json,
+tokenizer_config.json and chat_template.jinja to out/tokenizer. Same input, same files, byte for byte.
 """
 
 import argparse
@@ -30,27 +31,27 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
 
 
-# What the vocabulary must contain -------------------------------------------------------------------------------------
+# What the vocabulary must contain -----------------------------------------------------------------
 
-# The first ids, in this order, with the same ids and roles as MiniMind's. Special ones vanish from decoded text
-# (skip_special_tokens=True); the tags of tool calls and of thinking stay, because programs parse them.
-SPECIAL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
-    "<|audio_start|> <|audio_end|> <|audio_pad|> <tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single>"
-).split()
+# The first ids, in this order, with the same ids and roles as MiniMind's. Special ones vanish from decoded
+# text (skip_special_tokens=True); the tags of tool calls and of thinking stay, because programs parse them.
+SPECIAL_TOKENS = """
+    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
+    <|audio_start|> <|audio_end|> <|audio_pad|> <tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single>
+""".split()
 PLAIN_TOKENS = "<tool_call> </tool_call> <tool_response> </tool_response> <think> </think>".split()
 PLAIN_TOKENS += [f"<|buffer{i}|>" for i in range(1, 10)]  # free for whoever extends a trained model
 RESERVED_TOKENS = SPECIAL_TOKENS + PLAIN_TOKENS  # ids 0 ... 35
 
-# Qwen2's word regex, character for character: converters recognise it by its hash, and llama.cpp and Ollama then cut
-# text as we do (tokenizer.ggml.pre = qwen2).
+# Qwen2's word regex, character for character: converters recognise it by its hash, and llama.cpp and Ollama
+# then cut text as we do (tokenizer.ggml.pre = qwen2).
 WORD_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Vocabulary sizes for the comparison table, and the parameters of 8 layers of width 512 without their embedding.
+# For the comparison table: vocabulary sizes, and the parameters of 8 layers of width 512 without embedding.
 KNOWN_VOCABULARIES = {"Yi": 64000, "Qwen2": 151643, "GLM": 151329, "Mistral": 32000, "Llama-3": 128000}
 WIDTH, BODY_PARAMETERS = 512, 22_553_088
 
@@ -61,14 +62,16 @@ SAMPLES = {
         "水在标准大气压下加热到一百度会沸腾，这时液态的水变成水蒸气，体积增大许多倍。",
     ],
     "English": [
-        "The train left the station a little late, and nobody on the platform seemed to mind. It was warm for March.",
+        "The train left the station a little late, and nobody on the platform seemed to mind. It was warm.",
         "Could you explain in three sentences why the sky looks blue, while the evening sun looks red?",
-        "Water boils at one hundred degrees at normal pressure: the liquid turns into steam and takes far more room.",
+        "Water boils at one hundred degrees at normal pressure: the liquid turns into steam and needs room.",
     ],
     "code": [
         "def mean(values):\n    if not values:\n        raise ValueError('no values')\n"
-        "    return sum(values) / len(values)\n\n\nfor name, row in table.items():\n    print(f'{name}: {mean(row):.2f}')\n",
-        'for (int i = 0; i < n; ++i) {\n    if (a[i] > best) { best = a[i]; index = i; }\n}\nreturn {"index", index};\n',
+        "    return sum(values) / len(values)\n\n\n"
+        "for name, row in table.items():\n    print(f'{name}: {mean(row):.2f}')\n",
+        "for (int i = 0; i < n; ++i) {\n    if (a[i] > best) { best = a[i]; index = i; }\n}\n"
+        'return {"index", index};\n',
     ],
     "digits": [
         "3.14159265358979 + 2.71828182845905 = 5.85987448204884",
@@ -81,11 +84,11 @@ class DataError(ValueError):
     """The user's data cannot be used; the message says which file and line, and what to do."""
 
 
-# Reading --------------------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
 def read_documents(path: Path) -> Iterator[list[str]]:
-    """Yield documents of one file as lists of strings, in constant memory. Raises DataError with file and line."""
+    """Yield documents of one file as lists of strings, in constant memory. DataError names file and line."""
     if not path.is_file():
         raise DataError(f"{path} does not exist. Pass --data_path with a .jsonl, .parquet or .txt file")
     if path.stat().st_size == 0:
@@ -129,8 +132,8 @@ def _parse(line: str, path: Path, number: int):
         return row
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}). One JSON object per line is "
-            f"expected: repair the line or delete it (sed -i {number}d)"
+            f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}). Each line must be one JSON "
+            f"object: repair this line or delete it (sed -i {number}d FILE)"
         ) from None
 
 
@@ -143,10 +146,11 @@ def _document_of_row(row, where: str) -> list[str]:
         for message in row["conversations"]:
             if not isinstance(message, dict):
                 raise DataError(f"{where}: a message is not an object. Each needs 'role' and 'content'")
-            for key in ("content", "reasoning_content", "tools", "tool_calls"):
+            for key in ("content", "reasoning_content", "tool_calls"):
                 value = message.get(key)
                 if value:
                     texts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            texts += _tool_texts(message.get("tools") or message.get("functions"))
     else:
         raise DataError(f"{where}: neither a string 'text' nor a list 'conversations'. See docs/tokenizer.md")
     try:
@@ -155,6 +159,16 @@ def _document_of_row(row, where: str) -> list[str]:
     except UnicodeEncodeError:  # "\ud83d" alone: legal JSON, but no character
         raise DataError(f"{where}: half of a surrogate pair, which is no character. Delete the row") from None
     return texts
+
+
+def _tool_texts(tools) -> list[str]:
+    """One string per tool definition, so that a tool that many conversations offer can be counted once."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            return [tools]
+    return [json.dumps(tool, ensure_ascii=False) for tool in tools] if isinstance(tools, list) else []
 
 
 def _read_parquet(path: Path) -> Iterator[list[str]]:
@@ -174,27 +188,32 @@ def _read_parquet(path: Path) -> Iterator[list[str]]:
             yield _document_of_row(row, f"{path}: row {number}")
 
 
-# Sampling -------------------------------------------------------------------------------------------------------------
+# Sampling -----------------------------------------------------------------------------------------
 
 
 def language_of(document: list[str]) -> str:
-    """'zh' if at least a quarter of the UTF-8 bytes belongs to characters of three bytes (nearly always Chinese here),
-    else 'en' (English, code, numbers). Cheap: needs only two lengths."""
+    """'zh' if at least a quarter of the UTF-8 bytes belongs to characters of three bytes (nearly always Chinese
+    here), else 'en' (English, code, numbers). Cheap: needs only two lengths."""
     characters = sum(map(len, document))
     num_bytes = sum(len(text.encode("utf-8")) for text in document)
     return "zh" if (num_bytes - characters) * 1.5 >= 0.25 * num_bytes and num_bytes else "en"
 
 
+def content_hash(*texts: str) -> int:
+    """64 bits that depend on nothing but the text."""
+    digest = hashlib.blake2b("\0".join(texts).encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
 def place_of(document: list[str]) -> float:
-    """A number in [0, 1) that depends on nothing but the content. Thresholds on it choose samples: no seed, no state,
-    and a document keeps its fate when others are added."""
-    digest = hashlib.blake2b("\0".join(document).encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    """A number in [0, 1) that depends on nothing but the content. Thresholds on it choose samples: no seed, no
+    state, and a document keeps its fate when others are added."""
+    return content_hash(*document) / 2**64
 
 
 def sampling_rates(num_bytes: dict[str, int], max_bytes: int, zh_share: float) -> dict[str, float]:
-    """Probability per language to take a document, so that about max_bytes are taken in the wished shares. A language
-    with too little text is taken whole, and the other one shrinks with it, so that the shares hold."""
+    """Probability per language to take a document, so that about max_bytes are taken in the wished shares. A
+    language with too little text is taken whole, and the other one shrinks with it, so that the shares hold."""
     share = {"zh": zh_share, "en": 1 - zh_share}
     present = {name: share[name] for name in share if share[name] > 0 and num_bytes.get(name, 0) > 0}
     if not present:
@@ -206,10 +225,11 @@ def sampling_rates(num_bytes: dict[str, int], max_bytes: int, zh_share: float) -
     return {name: min(1.0, budget * part / whole / num_bytes[name]) for name, part in present.items()}
 
 
-def split_long_runs(text: str, max_cjk: int = 16, max_run: int = 128) -> list[str]:
-    """Cut runs that the word regex would count as one enormous word. Chinese has no blanks: a clause is one "word", so
-    nearly all words would be different, which costs memory and lets BPE learn whole sentences by heart. Only training
-    sees these cuts; the shipped tokenizer cuts with the regex alone. Joined, the pieces are the text."""
+def split_long_runs(text: str, max_cjk: int = 8, max_run: int = 64) -> list[str]:
+    """Cut runs that the word regex would count as one enormous word. Chinese has no blanks: a clause is one
+    "word", so nearly all words would be different, which costs memory and lets BPE learn whole sentences by
+    heart. Only training sees these cuts; the shipped tokenizer cuts with the regex alone. Joined, the pieces
+    are the text."""
     pattern = re.compile(
         rf"[\u3400-\u9fff]{{{max_cjk}}}(?=[\u3400-\u9fff])|\S{{{max_run}}}(?=\S)|\s{{{max_run}}}(?=\s)"
     )
@@ -253,20 +273,24 @@ class Corpus:
                     last = time.time()
                     done = min(before + seen, total) / total
                     left = (last - begin) * (1 - done) / max(done, 1e-9)
-                    print(
-                        f"{what} {done:4.0%} | {(before + seen) / 1e6 / (last - begin):.0f} MB/s | {left:.0f} s left"
-                    )
+                    speed = (before + seen) / 1e6 / (last - begin)
+                    print(f"{what} {done:4.0%} | {speed:.0f} MB/s | {left:.0f} s left", flush=True)
             before += path.stat().st_size
 
     def training_pieces(self) -> Iterator[list[str]]:
-        """Batches of strings for the BPE trainer."""
+        """Batches of strings for the BPE trainer. A string that occurs again (system prompts, tool definitions)
+        counts once: else its words would outweigh the language."""
         self.sampled_bytes = {"zh": 0, "en": 0}
-        batch, size = [], 0
+        batch, size, seen = [], 0, set()
         for document in self._stream("sampling"):
             language = language_of(document)
             if place_of(document) >= self.rates.get(language, 0.0) * (1 - self.holdout):
                 continue
             for text in document:
+                key = content_hash(text)
+                if key in seen:
+                    continue
+                seen.add(key)
                 self.sampled_bytes[language] += len(text.encode("utf-8"))
                 batch += split_long_runs(text)
                 size += len(text)
@@ -287,7 +311,7 @@ class Corpus:
         return {f"held-out {name}": texts for name, texts in kept.items() if texts}
 
 
-# Training and writing -------------------------------------------------------------------------------------------------
+# Training and writing -----------------------------------------------------------------------------
 
 
 def train_merges(pieces: Iterable[list[str]], vocab_size: int, show_progress: bool = False) -> dict:
@@ -316,8 +340,8 @@ def train_merges(pieces: Iterable[list[str]], vocab_size: int, show_progress: bo
     tokenizer.train_from_iterator(pieces, trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise DataError(
-            f"the text is too small: only {tokenizer.get_vocab_size()} of {vocab_size} entries could be learned. "
-            "Give more data or a smaller --vocab_size"
+            f"the text is too small: only {tokenizer.get_vocab_size()} of {vocab_size} entries could be "
+            "learned. Give more data or a smaller --vocab_size"
         )
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = [
@@ -390,7 +414,7 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-# Evaluation -----------------------------------------------------------------------------------------------------------
+# Evaluation ---------------------------------------------------------------------------------------
 
 
 def load_tokenizer(folder: Path):
@@ -404,7 +428,8 @@ def load_tokenizer(folder: Path):
 
 
 def byte_of_character() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one visible character: printable Latin-1 as itself, the others from U+0100 on."""
+    """Byte-level BPE writes each byte as one visible character: printable Latin-1 as itself, the others from
+    U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -421,7 +446,7 @@ def token_bytes(tokenizer) -> list[bytes]:
 
 
 def stream_text(ids: Iterable[int], bytes_of: list[bytes]) -> Iterator[str]:
-    """Text as it becomes known while tokens arrive one by one: half a character is kept until it is complete."""
+    """Text as it becomes known while tokens arrive: half a character is kept until it is complete."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for number in ids:
         if text := decoder.decode(bytes_of[number]):
@@ -431,7 +456,7 @@ def stream_text(ids: Iterable[int], bytes_of: list[bytes]) -> Iterator[str]:
 
 
 def measure(tokenizer, texts: list[str]) -> dict:
-    """Compression of some texts and whether they survive: bytes, characters and tokens, round trip and streaming."""
+    """How well texts compress, and whether they survive a round trip, whole and streamed."""
     bytes_of = token_bytes(tokenizer)
     num_tokens, whole, streamed = 0, True, True
     for start in range(0, len(texts), 256):
@@ -454,17 +479,20 @@ def measure(tokenizer, texts: list[str]) -> dict:
 
 
 def print_compression(tokenizer, samples: dict[str, list[str]], others: dict) -> bool:
-    """Table of bytes per token. `others` are tokenizers to compare with, by name. True if all texts survived."""
-    head = f"{'text':14} {'bytes':>9} {'tokens':>8} {'chars/token':>12} {'bytes/token':>12} {'round trip':>11} {'streaming':>10}"
-    print(head + "".join(f" {name[:20]:>20}" for name in others))
+    """Table of bytes per token; `others` are tokenizers to compare with, by name. True if all texts survived."""
+    print(
+        f"{'text':14} {'bytes':>9} {'tokens':>8} {'chars/token':>12} {'bytes/token':>12} {'round trip':>11} "
+        f"{'streaming':>10}" + "".join(f" {name[-24:]:>24}" for name in others)
+    )
     good = True
     for name, texts in samples.items():
         row = measure(tokenizer, texts)
         good &= row["round_trip"] and row["streaming"]
         print(
-            f"{name:14} {row['bytes']:9d} {row['tokens']:8d} {row['chars_per_token']:12.3f} {row['bytes_per_token']:12.3f} "
-            f"{'ok' if row['round_trip'] else 'BROKEN':>11} {'ok' if row['streaming'] else 'BROKEN':>10}"
-            + "".join(f" {measure(other, texts)['bytes_per_token']:20.3f}" for other in others.values())
+            f"{name:14} {row['bytes']:9d} {row['tokens']:8d} {row['chars_per_token']:12.3f} "
+            f"{row['bytes_per_token']:12.3f} {'ok' if row['round_trip'] else 'BROKEN':>11} "
+            f"{'ok' if row['streaming'] else 'BROKEN':>10}"
+            + "".join(f" {measure(other, texts)['bytes_per_token']:24.3f}" for other in others.values())
         )
     return good
 
@@ -489,16 +517,14 @@ def print_vocabulary(tokenizer) -> None:
         kinds[kind].append(text)
     for kind, tokens in kinds.items():
         longest = sorted(tokens, key=lambda token: (-len(token), token))[:6]
-        print(
-            f"{kind:20} {len(tokens):5d}   longest: {' '.join(json.dumps(t, ensure_ascii=False) for t in longest)}"
-        )
+        shown = " ".join(json.dumps(token, ensure_ascii=False) for token in longest)
+        print(f"{kind:20} {len(tokens):5d}   longest: {shown}")
 
 
 def print_known_vocabularies(vocab_size: int) -> None:
     """What a larger vocabulary would cost this model: the (tied) embedding as a share of all parameters."""
-    print(
-        f"\n{'vocabulary':12} {'entries':>8} {'embedding at width ' + str(WIDTH):>24} {'share of the model':>19}"
-    )
+    title = f"embedding at width {WIDTH}"
+    print(f"\n{'vocabulary':12} {'entries':>8} {title:>24} {'share of the model':>19}")
     for name, size in {**KNOWN_VOCABULARIES, "this one": vocab_size}.items():
         embedding = size * WIDTH
         print(
@@ -527,7 +553,7 @@ def print_template(folder: Path) -> None:
 def evaluate(folder: Path, samples: dict[str, list[str]], compare: list[Path]) -> bool:
     tokenizer = load_tokenizer(folder)
     print(f"\n{folder}: {tokenizer.get_vocab_size()} entries, sha256 {file_hash(folder / 'tokenizer.json')}")
-    good = print_compression(tokenizer, samples, {other.name: load_tokenizer(other) for other in compare})
+    good = print_compression(tokenizer, samples, {str(other): load_tokenizer(other) for other in compare})
     print()
     print_vocabulary(tokenizer)
     print_known_vocabularies(tokenizer.get_vocab_size())
@@ -536,7 +562,7 @@ def evaluate(folder: Path, samples: dict[str, list[str]], compare: list[Path]) -
     return good
 
 
-# Command line ---------------------------------------------------------------------------------------------------------
+# Command line -------------------------------------------------------------------------------------
 
 
 def byte_count(text: str) -> int:
