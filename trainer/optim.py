@@ -1,0 +1,178 @@
+"""Optimizers and schedules: Muon for the hidden matrices, AdamW for everything else, or AdamW for all.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix by the
+nearest matrix with orthonormal rows or columns, so that every direction of the matrix learns at the same speed. On
+small language models it reaches a given loss in roughly 40 % of AdamW's steps. Embeddings, the tied head, the router
+of a mixture and all vectors are not maps between hidden spaces; they stay with AdamW.
+
+Schedules are pure functions of the optimizer step, so resuming needs no scheduler state.
+"""
+
+import math
+from collections import defaultdict
+
+import torch
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """The approximate U V^T of G = U S V^T, for a stack of matrices (n, rows, cols), in the dtype given.
+
+    Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T drives every singular value towards 1 (the quintic
+    stops near 1, within about 0.7 ... 1.2; that is exact enough and needs only matrix products).
+    """
+    a, b, c = NEWTON_SCHULZ
+    X = matrices
+    tall = X.shape[-2] > X.shape[-1]
+    if tall:
+        X = X.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X.mT if tall else X
+
+
+def newton_schulz_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where products in it are fast, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+        return torch.bfloat16 if fast else torch.float32
+    return torch.float32
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised. Matrices of equal shape are orthogonalised as one batch.
+
+    buf <- lerp(buf, g, 1 - momentum); u = lerp(g, buf, momentum) (Nesterov);
+    W <- W (1 - lr * weight_decay) - lr * sqrt(max(1, rows / cols)) * orthogonalise(u).
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5, ns_dtype=None):
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
+        super().__init__(params, defaults)
+        self.ns_dtype = ns_dtype
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim != 2:
+                    raise ValueError(f"Muon takes matrices only, got a parameter of shape {tuple(p.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for shape, params in by_shape.items():
+                self.update(params, shape, group)
+
+    def update(self, params, shape, group):
+        grads = [p.grad for p in params]
+        bufs = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        torch._foreach_lerp_(bufs, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, bufs, group["momentum"])
+        dtype = self.ns_dtype or newton_schulz_dtype(params[0].device)
+        update = orthogonalise(torch.stack([u.to(dtype) for u in updates]), group["ns_steps"])
+        scale = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, list(update.to(params[0].dtype).unbind(0)), alpha=-scale)
+
+
+def split_parameters(model) -> tuple[list, list, list]:
+    """(hidden matrices, other matrices, vectors), each tensor once: a tied head counts as its embedding.
+
+    Hidden matrices map hidden space to hidden space inside a block; the router of a mixture is not one of them.
+    """
+    hidden, other, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2:
+            vectors.append(p)
+        elif ".layers." in f".{name}" and not name.endswith("mlp.gate.weight"):
+            hidden.append(p)
+        else:
+            other.append(p)
+    return hidden, other, vectors
+
+
+def build_optimizers(
+    model,
+    name: str = "muon",
+    learning_rate: float = 3e-3,
+    muon_lr: float = 0.02,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+) -> list[torch.optim.Optimizer]:
+    """`muon`: [AdamW for embeddings, head, router and vectors; Muon for hidden matrices]; `adamw`: [AdamW for all].
+
+    Weight decay falls on hidden matrices only. Every group keeps its peak rate as "base_lr", see `set_lr`.
+    """
+    hidden, other, vectors = split_parameters(model)
+    if name == "muon":
+        groups = [dict(params=other + vectors, weight_decay=0.0)]
+        muon = [Muon(hidden, lr=muon_lr, weight_decay=weight_decay)] if hidden else []
+    elif name == "adamw":
+        groups = [
+            dict(params=hidden, weight_decay=weight_decay),
+            dict(params=other + vectors, weight_decay=0.0),
+        ]
+        muon = []
+    else:
+        raise ValueError(f"unknown optimizer {name!r}: choose muon or adamw")
+    groups = [g for g in groups if g["params"]]
+    device = next(model.parameters()).device.type
+    adamw = torch.optim.AdamW(
+        groups, lr=learning_rate, betas=betas, eps=1e-8, fused=device in ("cuda", "cpu")
+    )
+    optimizers = [adamw, *muon]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def set_lr(optimizers, factor: float) -> float:
+    """Set every group to its peak rate times `factor`; returns the first group's rate, for the log."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+    return optimizers[0].param_groups[0]["lr"]
+
+
+def lr_factor(
+    step: int,
+    total_steps: int,
+    schedule: str = "wsd",
+    warmup_steps: int = 0,
+    decay_fraction: float = 0.4,
+    min_factor: float = 0.0,
+) -> float:
+    """Share of the peak learning rate at optimizer step `step` (0-based) of `total_steps`.
+
+    wsd: warm-up, constant, then linear to min_factor over the last `decay_fraction` of the run;
+    cosine: warm-up, then half a cosine to min_factor; linear: warm-up, then a straight line to min_factor;
+    constant: warm-up only. Beyond the end the last value holds (it does not rise again).
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    span = max(1, total_steps - warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / span)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        return min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "linear":
+        return 1 - (1 - min_factor) * progress
+    if schedule == "wsd":
+        decay_steps = max(1, round(total_steps * decay_fraction))
+        into_decay = step - (total_steps - decay_steps)
+        return 1.0 if into_decay <= 0 else 1 - (1 - min_factor) * min(1.0, into_decay / decay_steps)
+    raise ValueError(f"unknown schedule {schedule!r}: choose wsd, cosine, linear or constant")
