@@ -1,17 +1,18 @@
 """Text to token ids, and which of them are targets: one place for every stage.
 
-    ids, mask = render_conversation(tokenizer, messages)      # mask 1 = the model must learn to write this token
+    ids, mask = render_conversation(tokenizer, messages)      # mask 1: the model must learn to write it
     train, val = load_pretrain("dataset/pretrain_hq.jsonl", tokenizer, max_seq_len=340)
     train, val = load_sft("dataset/sft_mini_512.jsonl", tokenizer, max_seq_len=340)
     batch = train.batch([0, 7, 3])                            # input_ids, labels, position_ids, each (3, 340)
 
-**Answer tokens.** The chat template itself says where an answer starts and ends (`{% generation %}`). It is rendered
-once per *shape* of conversation with placeholders where the texts go; the texts are then tokenized between its
-special tokens. Nothing is ever searched in ids, and text of a user, a tool or a system message can not become a
-special token, whatever it contains. (An assistant's own `<tool_call>` tags do: that is how older files write calls.)
+**Answer tokens.** The chat template itself says where an answer starts and ends (`{% generation %}`). It is
+rendered once per *shape* of conversation with placeholders where the texts go; the texts are then tokenized
+between its special tokens. Nothing is ever searched in ids, and text of a user, a tool or a system message
+can not become a special token, whatever it contains. (An assistant's own `<tool_call>` tags do: that is how
+older files write calls.)
 
-**Seams.** Text is tokenized in the stretches between special tokens, cut where the answer starts. At inference the
-prompt ends at the same cut, so the model continues exactly what it saw in training.
+**Seams.** Text is tokenized in the stretches between special tokens, cut where the answer starts. At
+inference the prompt ends at the same cut, so the model continues exactly what it saw in training.
 """
 
 import functools
@@ -57,12 +58,13 @@ SYSTEM_PROMPTS = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text <-> ids
 
 
 class TextEncoder:
-    """A tokenizer and its chat template without `transformers`, so that worker processes start in a moment."""
+    """A tokenizer and its chat template without `transformers`, so that worker processes start in a
+    moment."""
 
     def __init__(self, tokenizer_json, chat_template, bos, eos, pad):
         from tokenizers import Tokenizer
@@ -106,7 +108,8 @@ class TextEncoder:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def token_bytes(self):
-        """(V,) UTF-8 bytes of each token; 0 for special tokens. A byte-level token has one character per byte."""
+        """(V,) UTF-8 bytes of each token; 0 for special tokens. A byte-level token has one character per
+        byte."""
         return np.frombuffer(_token_bytes(self.spec[0]), np.uint8)
 
     # -- documents
@@ -162,7 +165,11 @@ class TextEncoder:
         return "".join(run if isinstance(run, str) else names[run] for run, _ in runs)
 
     def _encode(self, texts):
-        return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+        """Ids of each text. Equal texts (role names, tool lists) are encoded once and share one list."""
+        unique = list(dict.fromkeys(texts))
+        encoded = self.plain.encode_batch_fast(unique, add_special_tokens=False)
+        ids = {text: encoding.ids for text, encoding in zip(unique, encoded)}
+        return [ids[text] for text in texts]
 
     def _skeleton(self, messages, tools, generation_prompt, open_thinking):
         """The template rendered for this shape of conversation, and the texts that go into its slots."""
@@ -300,11 +307,11 @@ def encode_document(tokenizer, text):
 
 
 def render_conversation(tokenizer, messages, tools=None):
-    """`(ids, mask)` of a conversation, lists of int. mask is 1 exactly on what the assistant writes: from behind the
-    generation prompt through `<|im_end|>`. This is THE function that finds answer tokens.
+    """`(ids, mask)` of a conversation, lists of int. mask is 1 exactly on what the assistant writes: from
+    behind the generation prompt through `<|im_end|>`. This is THE function that finds answer tokens.
 
-    `messages` as in the files (`reasoning_content`, `tools`/`functions` on the system message, `tool_calls` as list
-    or JSON text); raises DataError if they are not.
+    `messages` as in the files (`reasoning_content`, `tools`/`functions` on the system message, `tool_calls`
+    as list or JSON text); raises DataError if they are not.
     """
     encoder = TextEncoder.of(tokenizer)
     ids, mask = [], []
@@ -317,8 +324,8 @@ def render_conversation(tokenizer, messages, tools=None):
 
 
 def encode_prompt(tokenizer, messages, tools=None, open_thinking=False):
-    """Ids of the conversation up to and including the generation prompt: what the model continues at inference.
-    They equal the first ids of `render_conversation` of the same messages plus an answer."""
+    """Ids of the conversation up to and including the generation prompt: what the model continues at
+    inference. They equal the first ids of `render_conversation` of the same messages plus an answer."""
     encoder = TextEncoder.of(tokenizer)
     ids = []
     for run, _ in encoder.runs(
@@ -346,16 +353,17 @@ def with_system_prompt(messages, tools, ratio, seed, index):
     return [{"role": "system", "content": draw.choice(SYSTEM_PROMPTS)}, *messages]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rows
 
 
 class PackedDataset:
     """Rows of `max_seq_len` tokens, each made of whole pieces (documents, or parts of long ones).
 
-    `dataset[i]` -> input_ids, labels, position_ids, int64 (T,). Labels are not shifted (the model shifts): -100 on
-    prompts, padding, and the first token of every piece, which nothing precedes. position_ids restart at 0 with every
-    piece, and once more where padding starts; that is what keeps pieces from attending to each other.
+    `dataset[i]` -> input_ids, labels, position_ids, int64 (T,). Labels are not shifted (the model shifts):
+    -100 on prompts, padding, and the first token of every piece, which nothing precedes. position_ids restart
+    at 0 with every piece, and once more where padding starts; that is what keeps pieces from attending to
+    each other.
     `dataset.batch(rows)` -> the same, stacked (B, T).
     """
 
@@ -407,8 +415,8 @@ class PackedDataset:
         }
 
     def _gather_plan(self, rows):
-        """For every token of these rows, one after the other: where it lies in the caches, its place in its piece,
-        its place in the flat (B*T,) output; and the number of tokens of each row (B,)."""
+        """For every token of these rows, one after the other: where it lies in the caches, its place in its
+        piece, its place in the flat (B*T,) output; and the number of tokens of each row (B,)."""
         first, last = self.row_offsets[rows], self.row_offsets[rows + 1]
         counts = last - first
         piece_row = np.repeat(np.arange(len(rows)), counts)
@@ -457,7 +465,8 @@ class PackedDataset:
 
     @functools.cached_property
     def num_bytes(self):
-        """UTF-8 bytes of the text of all targets: with the summed loss in nats, bits per byte = loss/(bytes ln 2)."""
+        """UTF-8 bytes of the text of all targets: with the summed loss in nats, bits per byte = loss/(bytes
+        ln 2)."""
         return sum(
             int(
                 self.token_bytes[self._target_ids(range(start, min(start + 1024, len(self))))].sum(
@@ -524,10 +533,12 @@ def load_pretrain(
 ):
     """`(train, val)` PackedDatasets from {"text"} rows; val is None when val_fraction is 0.
 
-    Long documents are split into pieces of max_seq_len: no token is lost, and eos stands only where a document ends.
+    Long documents are split into pieces of max_seq_len: no token is lost, and eos stands only where a
+    document ends.
     `path`: .jsonl, .json, .parquet, a Hugging Face data set name, or several separated by commas.
-    pack=False puts one document (or piece) per row, padded. The held-out documents are chosen by a hash of their text,
-    so they stay the same whatever the order, the seed or the tokenizer. Raises DataError naming file and line.
+    pack=False puts one document (or piece) per row, padded. The held-out documents are chosen by a hash of
+    their text, so they stay the same whatever the order, the seed or the tokenizer. Raises DataError naming
+    file and line.
     """
     caches = _open_caches(path, "pretrain", tokenizer, cache_dir, num_workers)
     return _make(caches, tokenizer, max_seq_len, val_fraction, pack, packing.split_documents)
@@ -547,10 +558,11 @@ def load_sft(
 ):
     """`(train, val)` PackedDatasets from {"conversations"} rows; only answers are targets.
 
-    A conversation longer than max_seq_len is cut after its last answer that fits; one whose first answer does not fit
-    is dropped; both are counted in `report()`. The held-out conversations are chosen by a hash of what precedes the
-    first answer, so the same question never stands on both sides. add_system_ratio > 0 gives that share of the
-    conversations without system message a random one, as a function of (seed, row). Else as `load_pretrain`.
+    A conversation longer than max_seq_len is cut after its last answer that fits; one whose first answer does
+    not fit is dropped; both are counted in `report()`. The held-out conversations are chosen by a hash of
+    what precedes the first answer, so the same question never stands on both sides. add_system_ratio > 0
+    gives that share of the conversations without system message a random one, as a function of (seed, row).
+    Else as `load_pretrain`.
     """
     if not 0 <= add_system_ratio <= 1:
         raise DataError(f"add_system_ratio must be between 0 and 1, not {add_system_ratio}")
@@ -614,6 +626,7 @@ def _make(caches, tokenizer, max_seq_len, val_fraction, pack, fit):
         names = ", ".join(str(cache.source) for cache in caches)
         raise DataError(
             f"{names}: nothing left to train on at max_seq_len {max_seq_len} "
-            f"({train.report()['dropped_documents']} conversations have no answer that fits): raise --max_seq_len"
+            f"({train.report()['dropped_documents']} conversations have no answer that fits): "
+            "raise --max_seq_len"
         )
     return train, val if val_fraction else None

@@ -1,8 +1,9 @@
 """Documents -> full rows. Pure functions on numpy arrays; 10 million documents take seconds.
 
-Best-fit decreasing: take documents from the longest to the shortest and put each into the row whose free space it
-fills best. Because lengths are integers up to max_seq_len, rows with the same free space are interchangeable and move
-in groups, so the work is one sort plus a number of steps that depends on max_seq_len, not on the number of documents.
+Best-fit decreasing: take documents from the longest to the shortest and put each into the row whose free
+space it fills best. Because lengths are integers up to max_seq_len, rows with the same free space are
+interchangeable and move in groups, so the work is one sort plus a number of steps that depends on
+max_seq_len, not on the number of documents.
 """
 
 import bisect
@@ -11,8 +12,8 @@ import numpy as np
 
 
 def held_out(hashes, fraction):
-    """(N,) bool: the documents to hold out, by content hash (uint64). A document and its copies stay together; at
-    least one is held out when fraction > 0 and there is more than one kind of document."""
+    """(N,) bool: the documents to hold out, by content hash (uint64). A document and its copies stay
+    together; at least one is held out when fraction > 0 and there is more than one kind of document."""
     if not fraction or len(hashes) < 2:
         return np.zeros(len(hashes), bool)
     limit = max(int(fraction * 2.0**64), int(hashes.min()))
@@ -21,8 +22,8 @@ def held_out(hashes, fraction):
 
 
 def split_documents(cache, documents, max_seq_len):
-    """Pieces of at most max_seq_len of the chosen documents: `(starts, lengths, counts)`. No token is lost. A last
-    piece of one token could teach nothing, so it takes one more token from the piece before."""
+    """Pieces of at most max_seq_len of the chosen documents: `(starts, lengths, counts)`. No token is lost. A
+    last piece of one token could teach nothing, so it takes one more token from the piece before."""
     doc_lengths = np.diff(cache.offsets)[documents]
     num_pieces = -(-doc_lengths // max_seq_len)
     owner = np.repeat(np.arange(len(documents)), num_pieces)
@@ -43,8 +44,8 @@ def split_documents(cache, documents, max_seq_len):
 
 
 def cut_conversations(cache, documents, max_seq_len):
-    """One piece per chosen conversation: whole if it fits, else up to the end of its last answer that fits, else
-    dropped. `(starts, lengths, counts)`."""
+    """One piece per chosen conversation: whole if it fits, else up to the end of its last answer that fits,
+    else dropped. `(starts, lengths, counts)`."""
     starts = cache.offsets[:-1][documents]
     lengths = np.diff(cache.offsets)[documents]
     fits = lengths <= max_seq_len
@@ -66,8 +67,9 @@ def cut_conversations(cache, documents, max_seq_len):
 
 
 def rows(lengths, capacity, pack=True):
-    """Put pieces into rows: `(order, row_offsets)`. Row r holds the pieces order[row_offsets[r]:row_offsets[r+1]].
-    Rows come in the order of their first piece, and pieces in a row in the order they came."""
+    """Put pieces into rows: `(order, row_offsets)`. Row r holds the pieces
+    order[row_offsets[r]:row_offsets[r+1]]. Rows come in the order of their first piece, and pieces in a row
+    in the order they came."""
     if not pack:
         return np.arange(len(lengths)), np.arange(len(lengths) + 1)
     row_of = best_fit(lengths, capacity)

@@ -6,9 +6,10 @@
     rlaif     {"conversations": [..., {"role": "assistant", "content": "<placeholder>"}]}
     agent     {"conversations": [system with tools, user, ...], "gt": [expected values]}
 
-LoRA and reasoning data use the sft format. Whatever the file (.jsonl, .json, .parquet, or the name of a Hugging Face
-data set), it is read as blocks of JSON lines, so that everything behind this page sees one format and a 10 GB file
-needs no more memory than a 10 MB one. Every complaint is a `DataError` that says file, line, what and remedy.
+LoRA and reasoning data use the sft format. Whatever the file (.jsonl, .json, .parquet, or the name of a
+Hugging Face data set), it is read as blocks of JSON lines, so that everything behind this page sees one
+format and a 10 GB file needs no more memory than a 10 MB one. Every complaint is a `DataError` that says
+file, line, what and remedy.
 """
 
 import codecs
@@ -30,15 +31,15 @@ class RowError(ValueError):
     """A row is wrong; whoever knows the file and the line turns this into a `DataError`."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading
 
 
 def iter_blocks(path, block_bytes=BLOCK_BYTES):
-    """Yield `(first_row_number, bytes)`: whole JSON lines, about `block_bytes` at a time, rows counted from 1.
+    """Yield `(first_row_number, bytes)`: whole JSON lines, about `block_bytes` at a time; rows count from 1.
 
-    `path` is a .jsonl/.json file (JSON Lines, or one JSON array), a .parquet file, or the name of a data set on the
-    Hugging Face hub (read through `datasets`). Raises DataError if it is missing or empty.
+    `path` is a .jsonl/.json file (JSON Lines, or one JSON array), a .parquet file, or the name of a data set
+    on the Hugging Face hub (read through `datasets`). Raises DataError if it is missing or empty.
     """
     file = Path(path)
     if not file.exists():
@@ -46,8 +47,8 @@ def iter_blocks(path, block_bytes=BLOCK_BYTES):
             yield from _blocks_of_rows(_hub_rows(str(path)), block_bytes)
             return
         raise DataError(
-            f"{path} does not exist. Give the path of a .jsonl, .json or .parquet file, or fetch the public data "
-            "with `python dataset/download.py --help`."
+            f"{path} does not exist. Give the path of a .jsonl, .json or .parquet file, or fetch the public "
+            "data with `python dataset/download.py --help`."
         )
     if file.is_dir():
         raise DataError(f"{path} is a folder: give one file, or several separated by commas")
@@ -206,7 +207,8 @@ def parse_line(line):
 
 def iter_rows(path, kind):
     """Yield `(row_number, row)` with every row validated for `kind`: what stages that need no cache read (DPO
-    pairs, prompts). Conversations come back as `(messages, tools)` under "conversations"/"chosen"/"rejected"."""
+    pairs, prompts). Conversations come back as `(messages, tools)` under
+    "conversations"/"chosen"/"rejected"."""
     for first_row, block in iter_blocks(path):
         for number, row in iter_json(path, first_row, block):
             try:
@@ -215,7 +217,7 @@ def iter_rows(path, kind):
                 raise DataError(f"{path}:{number}: {error}; {DOCTOR}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Validation
 
 

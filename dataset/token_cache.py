@@ -8,12 +8,12 @@ A cache is a folder `<file>-<kind>-<key>` of plain little-endian arrays, N docum
     answer_starts.bin, answer_ends.bin  int64  spans of target tokens, sorted (conversations only)
     meta.json          counts, source, and what the key was made of
 
-The key is a hash of the file's content, the tokenizer, the chat template and the format version, so a cache is never
-out of date: another file or tokenizer simply has another name. Folders appear whole (written aside, then renamed). One
-process builds while others wait for it.
+The key is a hash of the file's content, the tokenizer, the chat template and the format version, so a cache
+is never out of date: another file or tokenizer simply has another name. Folders appear whole (written aside,
+then renamed). One process builds while others wait for it.
 
-Worker processes are this very file started with `--worker`, fed through pipes: no fork, nothing of the caller's
-program is imported again, and they end when the caller does.
+Worker processes are this very file started with `--worker`, fed through pipes: no fork, nothing of the
+caller's program is imported again, and they end when the caller does.
 """
 
 import sys
@@ -105,8 +105,9 @@ class TokenCache:
 def open_cache(path, kind, encoder, cache_dir=None, num_workers=None, options=None):
     """The TokenCache of a file for `kind` ("pretrain" or "sft"), built now if there is none.
 
-    encoder: `lm_dataset.TextEncoder`. num_workers: processes (0 = none, in this process; None = by file size and
-    CPUs). options: what else decides the ids, e.g. {"add_system_ratio": 0.2, "seed": 42}. Raises DataError.
+    encoder: `lm_dataset.TextEncoder`. num_workers: processes (0 = none, in this process; None = by file size
+    and CPUs). options: what else decides the ids, e.g. {"add_system_ratio": 0.2, "seed": 42}. Raises
+    DataError.
     """
     folder = _writable_folder(path, cache_dir)
     content = _content_hash(path, folder)
@@ -134,12 +135,13 @@ def open_cache(path, kind, encoder, cache_dir=None, num_workers=None, options=No
     return TokenCache(target)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where, and under which name
 
 
 def _writable_folder(path, cache_dir):
-    """The given folder, or .token_cache beside the file, or out/.token_cache where that can not be written."""
+    """The given folder, or .token_cache beside the file, or out/.token_cache where that can not be
+    written."""
     beside = Path(path).resolve().parent / ".token_cache" if Path(path).exists() else None
     for folder in [Path(cache_dir)] if cache_dir else [beside, REPO / "out" / ".token_cache"]:
         if folder is not None:
@@ -159,8 +161,8 @@ def _safe_name(path):
 
 
 def _content_hash(path, folder):
-    """SHA-256 of the file. Remembered by path, size and time, unless the file was written a moment ago: then a
-    second change within the clock's resolution could go unnoticed."""
+    """SHA-256 of the file. Remembered by path, size and time, unless the file was written a moment ago: then
+    a second change within the clock's resolution could go unnoticed."""
     file = Path(path)
     if not file.is_file():
         return f"name:{path}"  # a data set of the hub, or missing: reading it will tell
@@ -210,8 +212,8 @@ def _alive(pid):
 
 
 def _remove_stale(target, keep_others=3):
-    """Caches of the same source and kind: those of older content or format go; of other tokenizers, templates and
-    options the newest few stay."""
+    """Caches of the same source and kind: those of older content or format go; of other tokenizers, templates
+    and options the newest few stay."""
     mine = json.loads((target / "meta.json").read_text(encoding="utf-8"))
     others = []
     for folder in target.parent.glob("*-*-*"):
@@ -231,7 +233,8 @@ def _remove_stale(target, keep_others=3):
 
 
 class _Lock:
-    """A file that says who is building. Its time is renewed while work goes on, so a killed builder is noticed."""
+    """A file that says who is building. Its time is renewed while work goes on, so a killed builder is
+    noticed."""
 
     def __init__(self, path):
         self.path = path
@@ -272,7 +275,7 @@ class _Lock:
             time.sleep(0.2)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Building
 
 
@@ -515,7 +518,8 @@ def _block_encoder(spec, task):
 
 
 def _question(messages):
-    """What precedes the first answer, without the system message: equal questions must be held out together."""
+    """What precedes the first answer, without the system message: equal questions must be held out
+    together."""
     texts = []
     for message in messages:
         if message["role"] == "assistant":
@@ -559,7 +563,8 @@ class _Progress:
         if self.shown or seconds > 3:
             print(
                 f"{chr(13) if self.terminal else ''}tokenized {self.name}: {num_documents:,} documents, "
-                f"{num_tokens:,} tokens in {seconds:.1f} s ({self.done / 1e6 / seconds:.1f} MB/s), kept for next time",
+                f"{num_tokens:,} tokens in {seconds:.1f} s ({self.done / 1e6 / seconds:.1f} MB/s), "
+                "kept for next time",
                 file=sys.stderr,
                 flush=True,
             )
