@@ -1,10 +1,10 @@
 """Train the vocabulary: byte-level byte-pair encoding (BPE), 6,400 entries.
 
-Start from the 256 bytes, so that any text can be written. Then repeat: count the adjacent pairs of tokens inside
-the words of a corpus and merge the most frequent pair into a new token, until the vocabulary is full. Sennrich et
-al. 2016, https://arxiv.org/abs/1508.07909, algorithm 1, on bytes as in GPT-2. Text is first cut into words by
-Qwen2's regular expression, merges never cross a word; every digit is a word of its own, so numbers always split
-the same way.
+Start from the 256 bytes, so that any text can be written. Then repeat: count the adjacent pairs of tokens
+inside the words of a corpus and merge the most frequent pair into a new token, until the vocabulary is full.
+Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, algorithm 1, on bytes as in GPT-2. Text is first cut
+into words by Qwen2's regular expression, merges never cross a word; every digit is a word of its own, so
+numbers always split the same way.
 
 You do not need this stage. Weights and vocabulary belong together: a model trained with one tokenizer reads
 nonsense through another. The script is for study, and for those who start everything anew.
@@ -30,6 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
 
+from dataset.rows import DOCTOR, DataError, RowError, conversation, iter_blocks, iter_json, pretrain_text
+from trainer import cli
 
 # What the vocabulary must contain -----------------------------------------------------------------
 
@@ -54,6 +56,8 @@ WORD_REGEX = (
 # For the comparison table: vocabulary sizes, and the parameters of 8 layers of width 512 without embedding.
 KNOWN_VOCABULARIES = {"Yi": 64000, "Qwen2": 151643, "GLM": 151329, "Mistral": 32000, "Llama-3": 128000}
 WIDTH, BODY_PARAMETERS = 512, 22_553_088
+
+MEMORY_PER_BYTE = 40  # measured: BPE keeps every distinct word as a chain of its bytes
 
 SAMPLES = {
     "Chinese": [
@@ -80,120 +84,58 @@ SAMPLES = {
 }
 
 
-class DataError(ValueError):
-    """The user's data cannot be used; the message says which file and line, and what to do."""
-
-
 # Reading ------------------------------------------------------------------------------------------
 
 
 def read_documents(path: Path) -> Iterator[list[str]]:
-    """Yield documents of one file as lists of strings, in constant memory. DataError names file and line."""
-    if not path.is_file():
-        raise DataError(f"{path} does not exist. Pass --data_path with a .jsonl, .parquet or .txt file")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty. Pass a file with text in it")
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    elif path.suffix in (".jsonl", ".json"):
-        for number, line in _read_lines(path):
-            if line.strip():
-                yield _document_of_row(_parse(line, path, number), f"{path}:{number}")
-    elif path.suffix == ".txt":
-        block, size = [], 0
-        for _, line in _read_lines(path):
-            block.append(line)
-            size += len(line)
-            if size > 4000:
-                yield ["".join(block)]
-                block, size = [], 0
-        if block:
-            yield ["".join(block)]
-    else:
-        raise DataError(f"{path}: unknown kind of file. Give .jsonl, .parquet or .txt")
+    """Yield the documents of one file as lists of strings, in constant memory. A row with "text" gives one
+    string, a conversation one per message and tool. Raises DataError with file, line and remedy."""
+    if Path(path).suffix == ".txt":
+        yield from _read_plain(Path(path))
+        return
+    for first_row, block in iter_blocks(path):
+        for number, row in iter_json(path, first_row, block):
+            try:
+                yield [pretrain_text(row)] if "text" in row else _said(*conversation(row, need_answer=False))
+            except RowError as error:
+                raise DataError(f"{path}:{number}: {error}; {DOCTOR}") from None
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def _said(messages: list[dict], tools: list[dict] | None) -> list[str]:
+    texts = [json.dumps(tool, ensure_ascii=False) for tool in tools or []]
+    for message in messages:
+        texts += [message["content"], message.get("reasoning_content", "")]
+        for call in message.get("tool_calls", []):
+            texts.append(f'{{"name": "{call["name"]}", "arguments": {call["arguments"]}}}')
+    return [text for text in texts if text]
+
+
+def _read_plain(path: Path) -> Iterator[list[str]]:
+    """A .txt file in documents of about 4,000 bytes, cut at line ends."""
+    lines, size = [], 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                lines.append(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{path}:{number}: not UTF-8 (byte {error.start} of the line). Convert the file first, "
-                    "e.g. iconv -f GB18030 -t UTF-8"
+                    f"{path}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1});"
+                    " convert the file, e.g. `iconv -f GB18030 -t UTF-8 IN > OUT`"
                 ) from None
-
-
-def _parse(line: str, path: Path, number: int):
-    try:
-        row = json.loads(line)
-        line.encode("utf-8")
-        return row
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}). Each line must be one JSON "
-            f"object: repair this line or delete it (sed -i {number}d FILE)"
-        ) from None
-
-
-def _document_of_row(row, where: str) -> list[str]:
-    """The strings of one row: its text, or all that the messages of a conversation say."""
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        texts = [row["text"]]
-    elif isinstance(row, dict) and isinstance(row.get("conversations"), list):
-        texts = []
-        for message in row["conversations"]:
-            if not isinstance(message, dict):
-                raise DataError(f"{where}: a message is not an object. Each needs 'role' and 'content'")
-            for key in ("content", "reasoning_content", "tool_calls"):
-                value = message.get(key)
-                if value:
-                    texts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-            texts += _tool_texts(message.get("tools") or message.get("functions"))
-    else:
-        raise DataError(f"{where}: neither a string 'text' nor a list 'conversations'. See docs/tokenizer.md")
-    try:
-        for text in texts:
-            text.encode("utf-8")
-    except UnicodeEncodeError:  # "\ud83d" alone: legal JSON, but no character
-        raise DataError(f"{where}: half of a surrogate pair, which is no character. Delete the row") from None
-    return texts
-
-
-def _tool_texts(tools) -> list[str]:
-    """One string per tool definition, so that a tool that many conversations offer can be counted once."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError:
-            return [tools]
-    return [json.dumps(tool, ensure_ascii=False) for tool in tools] if isinstance(tools, list) else []
-
-
-def _read_parquet(path: Path) -> Iterator[list[str]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise DataError(f"{path}: reading parquet needs pyarrow. Install it, or convert to .jsonl") from None
-    try:
-        file = parquet.ParquetFile(path)
-    except Exception as error:  # pyarrow raises several unrelated types here
-        raise DataError(f"{path}: not a readable parquet file ({error}). Download it again") from None
-    columns = [name for name in ("text", "conversations") if name in file.schema_arrow.names]
-    number = 0
-    for batch in file.iter_batches(batch_size=256, columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield _document_of_row(row, f"{path}: row {number}")
+            size += len(raw)
+            if size > 4000:
+                yield ["".join(lines)]
+                lines, size = [], 0
+    if lines:
+        yield ["".join(lines)]
 
 
 # Sampling -----------------------------------------------------------------------------------------
 
 
 def language_of(document: list[str]) -> str:
-    """'zh' if at least a quarter of the UTF-8 bytes belongs to characters of three bytes (nearly always Chinese
-    here), else 'en' (English, code, numbers). Cheap: needs only two lengths."""
+    """'zh' if at least a quarter of the UTF-8 bytes belongs to characters of three bytes (nearly always
+    Chinese), else 'en' (English, code, numbers). Cheap: needs only two lengths."""
     characters = sum(map(len, document))
     num_bytes = sum(len(text.encode("utf-8")) for text in document)
     return "zh" if (num_bytes - characters) * 1.5 >= 0.25 * num_bytes and num_bytes else "en"
@@ -206,14 +148,14 @@ def content_hash(*texts: str) -> int:
 
 
 def place_of(document: list[str]) -> float:
-    """A number in [0, 1) that depends on nothing but the content. Thresholds on it choose samples: no seed, no
-    state, and a document keeps its fate when others are added."""
+    """A number in [0, 1) that depends on nothing but the content. Thresholds on it choose samples: no seed,
+    no state, and a document keeps its fate when others are added."""
     return content_hash(*document) / 2**64
 
 
 def sampling_rates(num_bytes: dict[str, int], max_bytes: int, zh_share: float) -> dict[str, float]:
-    """Probability per language to take a document, so that about max_bytes are taken in the wished shares. A
-    language with too little text is taken whole, and the other one shrinks with it, so that the shares hold."""
+    """Probability per language to take a document, so that about max_bytes are taken in the wished shares.
+    A language with too little text is taken whole; the other shrinks with it, so that the shares hold."""
     share = {"zh": zh_share, "en": 1 - zh_share}
     present = {name: share[name] for name in share if share[name] > 0 and num_bytes.get(name, 0) > 0}
     if not present:
@@ -277,8 +219,12 @@ class Corpus:
                     print(f"{what} {done:4.0%} | {speed:.0f} MB/s | {left:.0f} s left", flush=True)
             before += path.stat().st_size
 
+    def expected_bytes(self) -> float:
+        """Size of the sample, before it is drawn."""
+        return sum(rate * self.num_bytes[name] for name, rate in self.rates.items()) * (1 - self.holdout)
+
     def training_pieces(self) -> Iterator[list[str]]:
-        """Batches of strings for the BPE trainer. A string that occurs again (system prompts, tool definitions)
+        """Batches of strings for the BPE trainer. A string that occurs again (system prompt, tool definition)
         counts once: else its words would outweigh the language."""
         self.sampled_bytes = {"zh": 0, "en": 0}
         batch, size, seen = [], 0, set()
@@ -479,7 +425,7 @@ def measure(tokenizer, texts: list[str]) -> dict:
 
 
 def print_compression(tokenizer, samples: dict[str, list[str]], others: dict) -> bool:
-    """Table of bytes per token; `others` are tokenizers to compare with, by name. True if all texts survived."""
+    """Table of bytes per token; `others` are tokenizers to compare with, by name. True if all survived."""
     print(
         f"{'text':14} {'bytes':>9} {'tokens':>8} {'chars/token':>12} {'bytes/token':>12} {'round trip':>11} "
         f"{'streaming':>10}" + "".join(f" {name[-24:]:>24}" for name in others)
@@ -594,7 +540,10 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="replace a tokenizer that lies in --out_dir")
     add("--vocab_size", type=int, default=6400, help="entries, the 36 reserved tokens included")
     add(
-        "--max_bytes", type=byte_count, default="64M", help="text to learn from at most; memory grows with it"
+        "--max_bytes",
+        type=byte_count,
+        default="32M",
+        help="text to learn from at most; needs 40 times the memory",
     )
     add("--zh_share", type=share, default=0.5, help="share of Chinese among the sampled bytes")
     add("--holdout", type=share, default=0.01, help="share of documents kept for measuring, by content hash")
@@ -643,7 +592,7 @@ def main(args) -> None:
         return
 
     if not args.data_path:
-        raise DataError("nothing to learn from. Pass --data_path FILE ..., or --eval_only DIR to measure")
+        raise DataError("nothing to learn from: pass --data_path FILE ..., or --eval_only DIR to measure")
     target = args.out_dir / "tokenizer.json"
     if target.exists() and not args.overwrite:
         raise DataError(
@@ -657,6 +606,7 @@ def main(args) -> None:
     found = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in corpus.num_bytes.items())
     rates = ", ".join(f"{name} {rate:.0%}" for name, rate in corpus.rates.items())
     print(f"{corpus.num_documents} documents: {found}; sampling {rates}; tokenizers {tokenizers.__version__}")
+    print(f"about {0.1 + corpus.expected_bytes() * MEMORY_PER_BYTE / 1e9:.1f} GB of memory will be needed")
     spec = train_merges(corpus.training_pieces(), args.vocab_size, show_progress=True)
 
     args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -686,8 +636,4 @@ def _peak_memory() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except DataError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    cli.run(main, parse_args)
