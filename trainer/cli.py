@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +26,10 @@ ARCHITECTURE = {
     "num_attention_heads": ("int", "query heads (8)"),
     "num_key_value_heads": ("int", "key/value heads shared by groups of query heads (2)"),
     "head_dim": ("int", "size of a head (hidden_size / heads)"),
-    "intermediate_size": ("int", "width of the feed-forward (8/3 hidden_size, rounded up to a multiple of 64)"),
+    "intermediate_size": (
+        "int",
+        "width of the feed-forward (8/3 hidden_size, rounded up to a multiple of 64)",
+    ),
     "vocab_size": ("int", "entries of the embedding; must match the tokenizer (6400)"),
     "max_position_embeddings": ("int", "positions the rotary table covers (32768)"),
     "original_max_position_embeddings": ("int", "positions trained before YaRN stretches them (2048)"),
@@ -36,7 +40,10 @@ ARCHITECTURE = {
     "hidden_act": ("str", "activation of the feed-forward (silu)"),
     "tie_word_embeddings": ("bool", "1 = the output head is the embedding (1)"),
     "initializer_range": ("float", "standard deviation of fresh weights (0.02)"),
-    "residual_init": ("str", "start of the projections that write the residual: zero, scaled or normal (zero)"),
+    "residual_init": (
+        "str",
+        "start of the projections that write the residual: zero, scaled or normal (zero)",
+    ),
     "dropout": ("float", "share of activations zeroed in training, 0 to 1 (0)"),
     "use_moe": ("bool", "1 = mixture-of-experts feed-forward, and _moe in the file names (0)"),
     "num_experts": ("int", "routed experts (4)"),
@@ -52,9 +59,9 @@ NOT_FLAGS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "rope_
 PRESETS = ("tiny", "minimind2-small", "minimind2-moe", "minimind2", "minimind-3", "minimind-3-moe")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Values
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def number_type(kind, low=None, high=None, above=None, why=""):
@@ -114,9 +121,9 @@ def betas(text):
     return first, second
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The parser
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -148,6 +155,7 @@ class StageParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
+        parsed.started = time.monotonic()  # --max_minutes counts from here
         reason = what_is_wrong(parsed)
         if reason:
             self.error(reason)
@@ -162,7 +170,12 @@ def what_is_wrong(args) -> str | None:
         return "--save_weight none: a run needs a name to write to"
     if getattr(args, "val_path", None) and getattr(args, "val_fraction", 0) and args.val_fraction_given:
         return "--val_path already is the held-out data: do not give --val_fraction too"
-    if args.schedule == "wsd" and args.warmup_steps and args.max_steps and args.warmup_steps >= args.max_steps:
+    if (
+        args.schedule == "wsd"
+        and args.warmup_steps
+        and args.max_steps
+        and args.warmup_steps >= args.max_steps
+    ):
         return f"--warmup_steps {args.warmup_steps} leaves nothing of --max_steps {args.max_steps}"
     heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
     if heads and kv_heads and heads % kv_heads:
@@ -181,7 +194,9 @@ class Given(argparse.Action):
 def stage_parser(doc: str, **defaults) -> StageParser:
     """The shared flags with this stage's defaults. `defaults` may name any shared flag; a typo is an error. A default of
     `cli.ABSENT` leaves a flag out, for a stage that would ignore it."""
-    parser = StageParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = StageParser(
+        description=doc, formatter_class=HelpFormatter, allow_abbrev=False, usage="%(prog)s [flags]"
+    )
     known = set()
 
     def add(group, *names, default=None, **options):
@@ -197,10 +212,16 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         "--data_path",
         metavar="FILE",
         help="training data: .jsonl, .json, .parquet, a HuggingFace data set name, or several separated by commas; "
-        "without it: " + defaults.get("default_data", "the stage's usual file in dataset/, else the embedded curriculum"),
+        "without it: "
+        + defaults.get("default_data", "the stage's usual file in dataset/, else the embedded curriculum"),
     )
     known.add("default_data")
-    add(g, "--val_path", metavar="FILE", help="held-out data; without it a fixed part of the training data is held out")
+    add(
+        g,
+        "--val_path",
+        metavar="FILE",
+        help="held-out data; without it a fixed part of the training data is held out",
+    )
     g.set_defaults(val_fraction_given=False)
     add(
         g,
@@ -211,7 +232,14 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         metavar="X",
         help="share of the training documents held out by content hash, 0 = no validation",
     )
-    add(g, "--val_interval", type=count, default=500, metavar="STEPS", help="steps between validations, 0 = at the end")
+    add(
+        g,
+        "--val_interval",
+        type=count,
+        default=500,
+        metavar="STEPS",
+        help="steps between validations, 0 = at the end",
+    )
     add(g, "--max_seq_len", type=number_type(int, low=8), default=512, metavar="T", help="tokens in a row")
     add(
         g,
@@ -221,19 +249,43 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         metavar="0|1",
         help="1 = fill rows with several documents that do not see each other; 0 = one document per row, padded",
     )
-    add(g, "--cache_dir", metavar="DIR", help="where tokenized data is kept; without it: .token_cache beside the data")
-    add(g, "--num_workers", type=positive_int, metavar="N", help="processes that tokenize; without it: one per core")
+    add(
+        g,
+        "--cache_dir",
+        metavar="DIR",
+        help="where tokenized data is kept; without it: .token_cache beside the data",
+    )
+    add(
+        g,
+        "--num_workers",
+        type=positive_int,
+        metavar="N",
+        help="processes that tokenize; without it: one per core",
+    )
 
     g = parser.add_argument_group("model (a number in brackets is what you get without --preset)")
     add(g, "--preset", choices=PRESETS, metavar="NAME", help=f"a known architecture: {', '.join(PRESETS)}")
     kinds = {"int": positive_int, "float": non_negative_float, "bool": switch, "str": str}
     for name, (kind, text) in ARCHITECTURE.items():
         kind = {"dropout": fraction, "n_shared_experts": count}.get(name, kinds[kind])
-        add(g, f"--{name}", type=kind, metavar="0|1" if kind is switch else "N" if kind is not str else "S", help=text)
+        add(
+            g,
+            f"--{name}",
+            type=kind,
+            metavar="0|1" if kind is switch else "N" if kind is not str else "S",
+            help=text,
+        )
 
     g = parser.add_argument_group("length of the run (steps are optimizer steps, everywhere)")
     add(g, "--epochs", type=positive_int, default=1, help="passes over the data")
-    add(g, "--max_steps", type=count, default=0, metavar="STEPS", help="exactly this many steps instead, 0 = off")
+    add(
+        g,
+        "--max_steps",
+        type=count,
+        default=0,
+        metavar="STEPS",
+        help="exactly this many steps instead, 0 = off",
+    )
     add(
         g,
         "--max_minutes",
@@ -243,7 +295,14 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         help="as many steps as fit into this time instead, start-up included: a few steps are timed first, then "
         "--max_steps is fixed, printed and stored; 0 = off",
     )
-    add(g, "--batch_size", type=positive_int, default=32, metavar="ROWS", help="rows in memory at once per process")
+    add(
+        g,
+        "--batch_size",
+        type=positive_int,
+        default=32,
+        metavar="ROWS",
+        help="rows in memory at once per process",
+    )
     add(
         g,
         "--accumulation_steps",
@@ -262,7 +321,14 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         help="muon = Muon for hidden matrices and AdamW for the rest; adamw = AdamW for all",
     )
     add(g, "--learning_rate", type=positive_float, default=3e-3, metavar="LR", help="peak rate of AdamW")
-    add(g, "--muon_lr", type=positive_float, default=0.02, metavar="LR", help="peak rate of Muon; unused with adamw")
+    add(
+        g,
+        "--muon_lr",
+        type=positive_float,
+        default=0.02,
+        metavar="LR",
+        help="peak rate of Muon; unused with adamw",
+    )
     add(
         g,
         "--schedule",
@@ -270,9 +336,31 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         default="wsd",
         help="after the warm-up: wsd = constant, then linear down; cosine or linear = down from the start",
     )
-    add(g, "--warmup_steps", "--warmup_iters", type=count, default=0, metavar="STEPS", help="steps to reach the peak")
-    add(g, "--decay_fraction", type=fraction, default=0.4, metavar="X", help="last share of the run in which wsd decays")
-    add(g, "--min_lr_factor", type=fraction, default=0.0, metavar="X", help="rate at the end, as a share of the peak")
+    add(
+        g,
+        "--warmup_steps",
+        "--warmup_iters",
+        type=count,
+        default=0,
+        metavar="STEPS",
+        help="steps to reach the peak",
+    )
+    add(
+        g,
+        "--decay_fraction",
+        type=fraction,
+        default=0.4,
+        metavar="X",
+        help="last share of the run in which wsd decays",
+    )
+    add(
+        g,
+        "--min_lr_factor",
+        type=fraction,
+        default=0.0,
+        metavar="X",
+        help="rate at the end, as a share of the peak",
+    )
     add(
         g,
         "--weight_decay",
@@ -326,7 +414,14 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         metavar="0|1",
         help="1 = continue exactly where the last save left off; starts fresh, and says so, when there is none",
     )
-    add(g, "--save_interval", type=count, default=1000, metavar="STEPS", help="steps between saves, 0 = at the end")
+    add(
+        g,
+        "--save_interval",
+        type=count,
+        default=1000,
+        metavar="STEPS",
+        help="steps between saves, 0 = at the end",
+    )
     add(
         g,
         "--save_dtype",
@@ -363,7 +458,14 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         default="auto",
         help="torch.compile: faster steps after a slower start; auto = where a compiler is found",
     )
-    add(g, "--num_threads", type=count, default=0, metavar="N", help="CPU threads, 0 = OMP_NUM_THREADS or all cores")
+    add(
+        g,
+        "--num_threads",
+        type=count,
+        default=0,
+        metavar="N",
+        help="CPU threads, 0 = OMP_NUM_THREADS or all cores",
+    )
     add(g, "--seed", type=count, default=42, help="decides initial weights, order of rows and every draw")
 
     unknown = set(defaults) - known
@@ -388,9 +490,40 @@ def model_config(args):
     return MiniMindConfig(**given)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+def schedule(args) -> dict:
+    """The flags of the learning rate, as `optim.lr_factor` takes them."""
+    return {
+        "schedule": args.schedule,
+        "warmup_steps": args.warmup_steps,
+        "decay_fraction": args.decay_fraction,
+        "min_factor": args.min_lr_factor,
+    }
+
+
+def find_data(args, names, mini: str) -> str:
+    """--data_path, or the first of the public files `names` that lies in dataset/, or the embedded curriculum's file `mini`,
+    which is written on demand. Says what it chose when it chose."""
+    if args.data_path:
+        return args.data_path
+    folder = ROOT / "dataset"
+    for name in names:
+        if (folder / name).exists():
+            return str(folder / name)
+    path = folder / "mini" / mini
+    if not path.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+        from dataset import make_mini
+
+        print(
+            "writing the embedded curriculum to dataset/mini (no data was given, none was found in dataset/)"
+        )
+        make_mini.main([])
+    print(f"no --data_path: using the embedded curriculum, {path.relative_to(ROOT)}")
+    return str(path)
+
+
+# --------------------------------------------------------------------------------------------------
 # The frame around main
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def run(main, parse_args, argv=None):
@@ -423,7 +556,9 @@ def is_for_the_user(error: Exception) -> bool:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return isinstance(error, ValueError) and frame is not None and frame.tb_frame.f_code.co_name == "_validate"
+    return (
+        isinstance(error, ValueError) and frame is not None and frame.tb_frame.f_code.co_name == "_validate"
+    )
 
 
 def leave(message: str, code: int):

@@ -29,7 +29,9 @@ import torch.distributed as dist
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
-MAX_OVERFLOWS = 25  # the same with a GradScaler, whose first steps overflow on purpose while it looks for its scale
+MAX_OVERFLOWS = (
+    25  # the same with a GradScaler, whose first steps overflow on purpose while it looks for its scale
+)
 
 
 class TrainingError(RuntimeError):
@@ -48,7 +50,9 @@ class Runtime:
     world_size: int = 1
     scaler: torch.amp.GradScaler | None = None  # float16 only
     host_group: object = None  # gloo group for numbers that live on the CPU
-    samples: str = ""  # what the current step is computed from, so that a bad step can name it (set by batches)
+    samples: str = (
+        ""  # what the current step is computed from, so that a bad step can name it (set by batches)
+    )
     bad_steps: int = 0  # non-finite steps in a row
     skipped: int = 0  # steps that changed nothing, in the whole run
     stop_signal: str | None = None  # this process was asked to stop
@@ -88,9 +92,9 @@ def mix_seed(*numbers: int) -> int:
     return state >> 1
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Start and stop
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def start(args) -> Runtime:
@@ -107,6 +111,7 @@ def start(args) -> Runtime:
         torch.cuda.set_device(device)
     dtype = choose_dtype(getattr(args, "dtype", "auto"), device)
     rt = Runtime(device, dtype, seed=args.seed, local_rank=local_rank)
+    rt.started = getattr(args, "started", rt.started)
     if world_size > 1:
         rt.rank, rt.world_size = int(os.environ["RANK"]), world_size
         # A step takes seconds, so half an hour of silence means a lost process; the host group also waits for rank 0
@@ -154,7 +159,9 @@ def choose_device(wanted: str, world_size: int = 1, local_rank: int = 0) -> torc
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise TrainingError(f"--device {wanted} is not a device; use auto, cuda, cuda:1, mps or cpu") from None
+        raise TrainingError(
+            f"--device {wanted} is not a device; use auto, cuda, cuda:1, mps or cpu"
+        ) from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise TrainingError(
@@ -172,7 +179,9 @@ def choose_device(wanted: str, world_size: int = 1, local_rank: int = 0) -> torc
         if not torch.backends.mps.is_available():
             raise TrainingError("--device mps: no Apple GPU here; use --device auto")
         if world_size > 1:
-            raise TrainingError("--device mps runs one process only: start without torchrun, or pass --device cpu")
+            raise TrainingError(
+                "--device mps runs one process only: start without torchrun, or pass --device cpu"
+            )
     elif device.type != "cpu":
         raise TrainingError(f"--device {wanted} is not supported; use auto, cuda, mps or cpu")
     return device
@@ -246,9 +255,9 @@ def tune_allocator():
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Signals
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def catch_signals(rt: Runtime):
@@ -275,37 +284,48 @@ def release_signals(rt: Runtime):
     rt.old_handlers.clear()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sums over processes, DDP
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def total(x, rt: Runtime):
-    """The sum of a number (or of a list of numbers) over all processes, in float64 on the CPU.
+    """The sum of a number (or of nested lists of numbers) over all processes, in float64 on the CPU.
 
-    Every rank must call it. The request to stop travels with it, so that after any `total` all ranks know the same.
+    Every process must call it. The request to stop travels with it, so that after any `total` all know the same.
     """
+    numbers = plain(x)
     if rt.world_size == 1:
         rt.stopping = rt.stopping or rt.stop_signal is not None
-        return plain(x)
-    numbers = plain(x)
-    many = isinstance(numbers, list)
-    flat = torch.tensor([*(numbers if many else [numbers]), rt.stop_signal is not None], dtype=torch.float64)
-    dist.all_reduce(flat, group=rt.host_group)
-    rt.stopping = rt.stopping or flat[-1].item() > 0
-    kinds = [type(n) for n in (numbers if many else [numbers])]
-    sums = [kind(value) if kind is int else value for kind, value in zip(kinds, flat[:-1].tolist())]
-    return sums if many else sums[0]
+        return numbers
+    flat = list(flatten(numbers))
+    sums = torch.tensor([*flat, rt.stop_signal is not None], dtype=torch.float64)
+    dist.all_reduce(sums, group=rt.host_group)
+    *sums, stops = sums.tolist()
+    rt.stopping = rt.stopping or stops > 0
+    values = iter(int(new) if isinstance(old, int) else new for old, new in zip(flat, sums))
+    return unflatten(numbers, values)
 
 
 def plain(x):
-    """Python numbers from numbers, tensors or lists of them; waits for the device."""
+    """Python numbers from numbers, tensors or nested lists of them; waits for the device."""
     if isinstance(x, list | tuple):
         return [plain(item) for item in x]
     if isinstance(x, torch.Tensor):
-        x = x.detach().cpu()
-        return x.item() if x.ndim == 0 else x.tolist()
+        return x.detach().cpu().tolist()
     return int(x) if isinstance(x, bool) else x
+
+
+def flatten(x):
+    if isinstance(x, list):
+        for item in x:
+            yield from flatten(item)
+    else:
+        yield x
+
+
+def unflatten(like, values):
+    return [unflatten(item, values) for item in like] if isinstance(like, list) else next(values)
 
 
 def broadcast(x, rt: Runtime):
@@ -336,7 +356,6 @@ def wrap(model, rt: Runtime):
     return torch.nn.parallel.DistributedDataParallel(
         model,
         device_ids=[rt.device.index] if rt.device.type == "cuda" else None,
-        broadcast_buffers=False,  # nothing in a buffer is learned
         gradient_as_bucket_view=True,  # no second copy of the gradients
     )
 
@@ -359,9 +378,9 @@ def backward(loss: torch.Tensor, rt: Runtime):
     (loss if rt.scaler is None else rt.scaler.scale(loss)).backward()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The optimizer step
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def optimizer_step(model, optimizers, rt: Runtime, grad_clip: float) -> float:
@@ -406,9 +425,27 @@ def count_bad_step(rt: Runtime, grad_norm: float):
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+def snapshot(model, optimizers, rt: Runtime):
+    """Remember fresh weights and optimizers; the function returned puts them back (see batches.steps_for_minutes)."""
+    weights = {name: tensor.detach().clone() for name, tensor in bare(model).state_dict().items()}
+    scale = rt.scaler.state_dict() if rt.scaler is not None else None
+
+    def undo():
+        with torch.no_grad():
+            for name, tensor in bare(model).state_dict().items():
+                tensor.copy_(weights[name])
+        for optimizer in optimizers:
+            optimizer.state.clear()
+        if scale is not None:
+            rt.scaler.load_state_dict(scale)
+        rt.bad_steps = rt.skipped = 0
+
+    return undo
+
+
+# --------------------------------------------------------------------------------------------------
 # torch.compile
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def maybe_compile(model, use_compile: str | int, rt: Runtime, worth_it: bool = True):
@@ -437,7 +474,9 @@ def why_not_compile(device: torch.device) -> str | None:
     if device.type == "mps":
         return "not tried on MPS"
     if device.type == "cpu":
-        names = [os.environ.get("CXX"), "cl"] if os.name == "nt" else [os.environ.get("CXX"), "g++", "clang++"]
+        names = (
+            [os.environ.get("CXX"), "cl"] if os.name == "nt" else [os.environ.get("CXX"), "g++", "clang++"]
+        )
         if not any(name and shutil.which(name) for name in names):
             return "no C++ compiler found; install g++ for a faster run"
     try:
@@ -449,9 +488,17 @@ def why_not_compile(device: torch.device) -> str | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Memory and speed of the machine
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+
+def synchronize(rt: Runtime):
+    """Wait until the device has done what it was given, before reading a clock."""
+    if rt.device.type == "cuda":
+        torch.cuda.synchronize(rt.device)
+    elif rt.device.type == "mps":
+        torch.mps.synchronize()
 
 
 def peak_memory_gb(rt: Runtime) -> float:

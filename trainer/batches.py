@@ -1,0 +1,270 @@
+"""Which rows make up optimizer step k: a pure function of (seed, step), sliced by rank.
+
+The whole run is one stream of positions 0, 1, 2, ... Position p is row `permutation(seed, epoch)[p mod rows]` with
+epoch = p // rows. Step k (counted from 0) takes positions k * G ... (k + 1) * G - 1, with G = batch_size *
+accumulation_steps rows whatever the number of processes; process r takes its contiguous share of them. So a run can stop
+after any step and go on with more or fewer processes: the same rows meet in the same updates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+import time
+
+import numpy as np
+
+IGNORE = -100
+
+
+class StepBatches(list):
+    """The micro-batches of one optimizer step on this process (dicts of tensors on its device), with what was counted
+    while they were still on the CPU."""
+
+    num_targets = 0  # valid labels of this process
+    num_tokens = 0  # tokens that are not padding, of this process
+    num_rows = 0  # rows of this process that hold data
+    rows: list = []  # their numbers in the dataset
+
+
+# --------------------------------------------------------------------------------------------------
+# Pure functions of the step
+# --------------------------------------------------------------------------------------------------
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of rows in one epoch. RandomState, because numpy promises that its numbers never change."""
+    return np.random.RandomState([seed % 2**32, epoch]).permutation(num_rows)
+
+
+def rows_per_step(args) -> int:
+    return args.batch_size * args.accumulation_steps
+
+
+def num_steps(num_rows: int, args) -> int:
+    """Optimizer steps of the run: --max_steps if given, else enough for --epochs (the last may be smaller)."""
+    if args.max_steps:
+        return args.max_steps
+    return -(-args.epochs * num_rows // rows_per_step(args))
+
+
+def step_positions(step: int, num_rows: int, args) -> range:
+    """Stream positions of a step. With --max_steps the stream goes on for as many epochs as it takes."""
+    size = rows_per_step(args)
+    end = (step + 1) * size
+    if not args.max_steps:
+        end = min(end, args.epochs * num_rows)
+    return range(step * size, max(end, step * size))
+
+
+class Order:
+    """Rows by stream position; remembers the last two epochs' permutations."""
+
+    def __init__(self, num_rows: int, seed: int):
+        self.num_rows, self.seed, self.known = num_rows, seed, {}
+
+    def rows(self, positions) -> list[int]:
+        return [int(self.epoch(p // self.num_rows)[p % self.num_rows]) for p in positions]
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        if epoch not in self.known:
+            self.known = {e: order for e, order in self.known.items() if e == epoch - 1}
+            self.known[epoch] = epoch_order(self.num_rows, self.seed, epoch)
+        return self.known[epoch]
+
+
+def micro_rows(args, world_size: int) -> int:
+    """Rows in every micro-batch: at most batch_size, and the process's share of a step in equal parts."""
+    share = -(-rows_per_step(args) // world_size)
+    return -(-share // -(-share // args.batch_size))
+
+
+def split_step(items: list, world_size: int, micro_size: int) -> list[list[list]]:
+    """Share the items of one step: result[rank][micro_batch] is a list of items, with the same number of micro-batches on
+    every rank (processes meet at the end of the last one). Shares differ by at most one item; a micro-batch may be empty
+    when there are fewer items than processes."""
+    num_micro = max(1, -(-len(items) // (world_size * micro_size)))
+    result, start = [], 0
+    for rank in range(world_size):
+        size = len(items) // world_size + (rank < len(items) % world_size)
+        share = items[start : start + size]
+        start += size
+        result.append([share[i * micro_size : (i + 1) * micro_size] for i in range(num_micro)])
+    return result
+
+
+def check_split(args, rt):
+    """Refuse a step that the processes cannot share evenly: it would be summed correctly, but all would wait for the one
+    with the largest share, at every step and without notice."""
+    from trainer.runtime import TrainingError
+
+    size = rows_per_step(args)
+    if size % rt.world_size:
+        multiple = -(-size // rt.world_size) * rt.world_size
+        raise TrainingError(
+            f"--batch_size {args.batch_size} x --accumulation_steps {args.accumulation_steps} = {size} rows per step "
+            f"cannot be shared by {rt.world_size} processes: use a multiple of {rt.world_size}, for example "
+            f"--batch_size {multiple} --accumulation_steps 1"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading ahead
+# --------------------------------------------------------------------------------------------------
+
+
+def collate(dataset, rows: list[int], size: int) -> dict:
+    """The rows as one micro-batch of `size` rows: all have the same shape (a compiled step is compiled once), so the last
+    step of a run is filled up with rows of padding, which hold no target and count nowhere."""
+    import torch
+
+    batch = dataset.batch(rows) if rows else dataset.batch([0])
+    missing = size - len(rows)
+    if missing:
+        width = batch["input_ids"].shape[1]
+        empty = {
+            "input_ids": torch.full((missing, width), dataset.pad_id, dtype=torch.int64),
+            "labels": torch.full((missing, width), IGNORE, dtype=torch.int64),
+            "position_ids": torch.arange(width).repeat(missing, 1),
+        }
+        batch = {name: torch.cat([batch[name][: len(rows)], empty[name]]) for name in batch}
+    return batch
+
+
+def load_step(dataset, rows: list[int], args, rt, pin: bool = False) -> StepBatches:
+    """This process's micro-batches of the rows of one step, on the CPU, and their counts."""
+    size = micro_rows(args, rt.world_size)
+    mine = split_step(rows, rt.world_size, size)[rt.rank]
+    step = StepBatches()
+    step.rows = [row for micro in mine for row in micro]
+    step.num_rows = len(step.rows)
+    for micro in mine:
+        batch = collate(dataset, micro, size)
+        step.num_targets += int((batch["labels"][:, 1:] != IGNORE).sum())
+        step.num_tokens += int((batch["input_ids"] != dataset.pad_id).sum())
+        step.append({name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch)
+    return step
+
+
+def training_steps(dataset, args, rt, start_step: int = 0, end_step: int | None = None):
+    """Yield (step, micro_batches) from start_step to the end of the run; a thread prepares the next steps meanwhile.
+
+    Ends early, after the running step, when Ctrl-C or SIGTERM arrived anywhere (`rt.stopping`).
+    """
+    from trainer import runtime
+
+    check_split(args, rt)
+    runtime.catch_signals(rt)
+    end_step = num_steps(len(dataset), args) if end_step is None else end_step
+    order = Order(len(dataset), args.seed)
+    pin = rt.device.type == "cuda"
+    ready: queue.Queue = queue.Queue(maxsize=2)
+    closed = threading.Event()
+
+    def put(item):
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def read_ahead():
+        try:
+            for step in range(start_step, end_step):
+                rows = order.rows(step_positions(step, len(dataset), args))
+                put((step, load_step(dataset, rows, args, rt, pin), None))
+                if closed.is_set():
+                    return
+            put((None, None, None))
+        except BaseException as error:  # handed over: the main thread raises it
+            put((None, None, error))
+
+    thread = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while not (rt.stopping or rt.world_size == 1 and rt.stop_signal):
+            step, batches, error = ready.get()
+            if error is not None:
+                raise error
+            if batches is None:
+                return
+            for i, batch in enumerate(batches):
+                batches[i] = {name: t.to(rt.device, non_blocking=pin) for name, t in batch.items()}
+            shown = ", ".join(map(str, batches.rows[:8])) + (", ..." if len(batches.rows) > 8 else "")
+            rt.samples = f"step {step + 1}, rows {shown} of the training data"
+            yield step, batches
+            del batches
+    finally:
+        closed.set()
+        thread.join()
+
+
+def validation_batches(dataset, args, rt):
+    """This process's share of a held-out set, in fixed order, as micro-batches on the device."""
+    mine = range(rt.rank, len(dataset), rt.world_size)
+    size = min(args.batch_size, max(1, -(-len(dataset) // rt.world_size)))
+    for start in range(0, len(mine), size):
+        batch = collate(dataset, list(mine[start : start + size]), size)
+        yield {name: tensor.to(rt.device) for name, tensor in batch.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Counting
+# --------------------------------------------------------------------------------------------------
+
+
+def load(loader, path, tokenizer, args, rt):
+    """(train, val) of a stage, by `load_pretrain` or `load_sft`: val is --val_path, or the held-out share of the training
+    data, or None. The first process of a machine builds the token cache, the others open it."""
+    from trainer import runtime
+
+    options = {"cache_dir": args.cache_dir, "pack": bool(args.pack), "num_workers": args.num_workers}
+    val_fraction = 0.0 if args.val_path else args.val_fraction
+    with runtime.main_first(rt):
+        train, val = loader(
+            path, tokenizer, args.max_seq_len, val_fraction=val_fraction, seed=args.seed, **options
+        )
+        if args.val_path:
+            val, _ = loader(args.val_path, tokenizer, args.max_seq_len, seed=args.seed, **options)
+    if val is not None and val.num_targets == 0:
+        rt.print(f"no validation: --val_fraction {args.val_fraction} of this file holds out no document")
+        val = None
+    return train, val
+
+
+def fingerprint(dataset) -> str:
+    """Hash of what the rows of a dataset are made of: the documents' content and how they were cut and packed."""
+    digest = hashlib.sha256()
+    for array in (dataset.starts, dataset.lengths, dataset.row_offsets, *(c.hashes for c in dataset.caches)):
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    digest.update(dataset.batch([0])["input_ids"].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def steps_for_minutes(dataset, args, rt, rehearse, undo, overhead_seconds: float = 0.0) -> int:
+    """How many steps fit into --max_minutes. Steps are rehearsed (`rehearse(step, micro_batches)`, the first of them
+    compiles), then taken back by `undo()`, so that the run itself is the one that `--max_steps N` repeats exactly.
+
+    overhead_seconds: what validations, saves and the end of the run will need. The time since the process started counts.
+    """
+    from trainer import runtime
+
+    budget = args.max_minutes * 60
+    times = []
+    for step, micro_batches in training_steps(dataset, args, rt, 0, end_step=12):
+        begin = time.perf_counter()
+        rehearse(step, micro_batches)
+        runtime.synchronize(rt)
+        times.append(time.perf_counter() - begin)
+        enough = len(times) >= 4 and sum(times[1:]) > 0.02 * budget
+        if runtime.total(int(enough), rt):
+            break
+    if rt.stopping or not times:
+        raise KeyboardInterrupt
+    undo()
+    # The first step compiles and warms up; the median of the others is not moved by a hiccup.
+    seconds = float(np.median(times[1:])) if len(times) > 1 else times[0]
+    left = budget - (time.monotonic() - rt.started) - overhead_seconds
+    return runtime.broadcast(max(1, int(left / max(seconds, 1e-9))), rt)

@@ -1,0 +1,36 @@
+"""Held-out loss and bits-per-byte, the two numbers by which stages of one kind are compared."""
+
+from __future__ import annotations
+
+import math
+
+from trainer import batches, runtime
+
+
+def validate(model, dataset, args, rt) -> dict:
+    """{"val_loss", "val_bpb"} of a held-out set; {} for None. The same set gives the same numbers for any number of
+    processes (up to rounding): sums are divided once.
+
+    val_loss: nats per target token. val_bpb: bits per UTF-8 byte of the target text, sum of nats / (ln 2 * bytes); it does
+    not depend on the vocabulary, so different tokenizers can be compared.
+    """
+    if dataset is None:
+        return {}
+    import torch
+
+    model = runtime.bare(model)
+    was_training = model.training
+    model.eval()
+    loss, num_targets = torch.zeros((), dtype=torch.float64), 0
+    with torch.no_grad():
+        for batch in batches.validation_batches(dataset, args, rt):
+            with rt.autocast():
+                out = model(**batch, num_items_in_batch=1, return_logits=False)
+            loss += out.loss.double().cpu()
+            num_targets += int((batch["labels"][:, 1:] != batches.IGNORE).sum())
+    model.train(was_training)
+    loss, num_targets = runtime.total([loss, num_targets], rt)
+    result = {"val_loss": loss / max(num_targets, 1)}
+    if dataset.num_bytes:
+        result["val_bpb"] = loss / (math.log(2) * dataset.num_bytes)
+    return result
