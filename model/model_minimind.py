@@ -3,9 +3,9 @@
     x = x + Attention(RMSNorm(x))          grouped-query attention, rotary positions, optional QK-norm
     x = x + FeedForward(RMSNorm(x))        SwiGLU, or a mixture of SwiGLU experts
 
-Dense without QK-norm it is the Llama block, with QK-norm the Qwen3 block, with experts the Qwen3-MoE block; parameter
-names are theirs, so their checkpoints load strictly and ours open in their classes. MiniMind's released `.pth` files
-(both generations) load as they are.
+Dense without QK-norm it is the Llama block, with QK-norm the Qwen3 block, with experts the Qwen3-MoE block;
+parameter names are theirs, so their checkpoints load strictly and ours open in their classes. MiniMind's
+released `.pth` files (both generations) load as they are.
 
 Dimensions in comments: B rows, T positions, S cached + new positions, V vocabulary, D hidden, H query heads,
 K key/value heads, R = H / K, E experts, N = B * T tokens.
@@ -20,9 +20,9 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Configuration
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 PRESETS = {
     # For a laptop CPU: the embedded curriculum in minutes.
@@ -61,7 +61,8 @@ PRESETS = {
 
 
 class MiniMindConfig(PretrainedConfig):
-    """Every architectural choice; `MiniMindConfig.from_preset("minimind-3", hidden_size=128)` starts from a known one.
+    """Every architectural choice; `MiniMindConfig.from_preset("minimind-3", hidden_size=128)` starts from a
+    known one.
 
     Args:
         hidden_size: width D.
@@ -71,10 +72,11 @@ class MiniMindConfig(PretrainedConfig):
         intermediate_size: width of the SwiGLU; default 8/3 * hidden_size rounded up to a multiple of 64.
         qk_norm: RMSNorm on each query and key head before the rotation (Qwen3).
         rope_theta: base of the rotary frequencies.
-        rope_parameters: transformers' dictionary, e.g. {"rope_type": "yarn", "factor": 16.0, ...}; wins over rope_theta.
+        rope_parameters: transformers' dictionary, e.g. {"rope_type": "yarn", "factor": 16.0, ...}; wins over
+            rope_theta.
         inference_rope_scaling: True = YaRN x16 over `original_max_position_embeddings` positions.
-        residual_init: "zero" starts o_proj and down_proj at 0 (each block starts as the identity), "scaled" draws them
-            with std 0.02 / sqrt(2 * layers), "normal" with std 0.02.
+        residual_init: "zero" starts o_proj and down_proj at 0 (each block starts as the identity), "scaled"
+            draws them with std 0.02 / sqrt(2 * layers), "normal" with std 0.02.
         use_moe, num_experts, num_experts_per_tok, n_shared_experts, moe_intermediate_size, norm_topk_prob,
             router_aux_loss_coef: the mixture-of-experts feed-forward.
         dropout: on the embedding and both residual branches, in training.
@@ -178,7 +180,7 @@ class MiniMindConfig(PretrainedConfig):
             raise ValueError(f"residual_init must be zero, scaled or normal, not {self.residual_init!r}")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie in 1..num_experts ({self.num_experts})"
+                f"num_experts_per_tok must lie in 1..num_experts ({self.num_experts}), got {self.num_experts_per_tok}"
             )
 
     @classmethod
@@ -190,8 +192,8 @@ class MiniMindConfig(PretrainedConfig):
 
 
 def yarn_defaults(original_max_position_embeddings: int = 2048, factor: float = 16.0) -> dict:
-    """The YaRN dictionary of the MiniMind family: attention_factor 1.0 means no temperature (the paper's own value is
-    0.1 ln(factor) + 1)."""
+    """The YaRN dictionary of the MiniMind family: attention_factor 1.0 means no temperature (the paper's own
+    value is 0.1 ln(factor) + 1)."""
     return {
         "rope_type": "yarn",
         "factor": factor,
@@ -202,18 +204,19 @@ def yarn_defaults(original_max_position_embeddings: int = 2048, factor: float = 
     }
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rotary positions
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def rope_frequencies(head_dim: int, rope_parameters: dict) -> tuple[torch.Tensor, float]:
     """Angular frequencies (head_dim / 2,) float32 and the factor that multiplies cos and sin.
 
-    default: theta_j = base^(-2j/d). yarn (Peng et al. 2023, https://arxiv.org/abs/2309.00071, section 3.2, with the ramp
-    over the dimension index of the authors' released code, not over the wavelength as printed): frequencies that turn
-    more than beta_fast times within the original context stay, those that turn less than beta_slow times are divided
-    by `factor`, in between a linear ramp. Without attention_factor the temperature 0.1 ln(factor) + 1 applies.
+    default: theta_j = base^(-2j/d). yarn (Peng et al. 2023, https://arxiv.org/abs/2309.00071, section 3.2,
+    with the ramp over the dimension index of the authors' released code, not over the wavelength as printed):
+    frequencies that turn more than beta_fast times within the original context stay, those that turn less
+    than beta_slow times are divided by `factor`, in between a linear ramp. Without attention_factor the
+    temperature 0.1 ln(factor) + 1 applies.
     """
     base = rope_parameters["rope_theta"]
     freqs = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
@@ -240,8 +243,9 @@ def rope_frequencies(head_dim: int, rope_parameters: dict) -> tuple[torch.Tensor
 
 
 class RotaryTable:
-    """cos and sin of every position, (P, head_dim) float32 with both halves alike, built from the configuration on first
-    use. A plain object, not a module buffer: a model created on the meta device has nothing stale to load."""
+    """cos and sin of every position, (P, head_dim) float32 with both halves alike, built from the
+    configuration on first use. A plain object, not a module buffer: a model created on the meta device has
+    nothing stale to load."""
 
     def __init__(self, config: MiniMindConfig):
         self.config = config
@@ -258,20 +262,20 @@ class RotaryTable:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn pairs (x_j, x_{j + d/2}) by their angle (RoFormer, https://arxiv.org/abs/2104.09864, half-split layout).
-    x (B, T, heads, head_dim); cos, sin (B, T, 1, head_dim)."""
+    """Turn pairs (x_j, x_{j + d/2}) by their angle (RoFormer, https://arxiv.org/abs/2104.09864, half-split
+    layout). x (B, T, heads, head_dim); cos, sin (B, T, 1, head_dim)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Layers
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
-    """y = w * x / sqrt(mean(x^2) + eps), statistics in float32, rounded before the weight as Qwen3 and Llama do
-    (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+    """y = w * x / sqrt(mean(x^2) + eps), statistics in float32, rounded before the weight as Qwen3 and Llama
+    do (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -284,67 +288,75 @@ class RMSNorm(nn.Module):
         return self.weight.to(x.dtype) * normed.to(x.dtype)
 
 
-def blocked_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document_ids: torch.Tensor | None, block: int = 128
-) -> torch.Tensor:
-    """Causal attention as plain matrix products over blocks of query rows, each against the keys up to its own end.
+BLOCK = 128  # query rows per block of `blocked_attention`
 
-    On CPUs this trains 2-3 times faster than the fused kernel, whose backward is slow there, and half of the score
-    matrix is never computed. q (B, H, T, hd), k, v (B, K, T, hd), document_ids (B, T) or None -> (B, H, T, hd).
-    With document_ids, a position sees only its own document.
+
+def block_biases(T: int, document_ids: torch.Tensor | None, dtype: torch.dtype, device) -> list[torch.Tensor]:
+    """What `blocked_attention` adds to the scores of each block of query rows: 0 = may look, -inf = may not.
+
+    One (B or 1, 1, rows, 1, keys) tensor per block, made once per forward pass and shared by all layers.
+    document_ids (B, T): a position sees only its own document; None: plain causal.
     """
-    B, H, T, hd = q.shape
-    K = k.shape[1]
-    R = H // K
-    q = (q * hd**-0.5).view(B, K, R, T, hd)
-    k = k.transpose(-1, -2)  # (B, K, hd, T)
-    rows = torch.arange(T, device=q.device)
-    outputs = []
-    for start in range(0, T, block):
-        end = min(start + block, T)
-        scores = q[:, :, :, start:end].reshape(B, K, R * (end - start), hd) @ k[..., :end]
-        scores = scores.view(B, K, R, end - start, end)
-        hidden = rows[None, start:end, None] < rows[None, None, :end]  # the future
+    slots = torch.arange(T, device=device)
+    biases = []
+    for start in range(0, T, BLOCK):
+        end = min(start + BLOCK, T)
+        visible = (slots[:end] <= slots[start:end, None])[None]
         if document_ids is not None:
-            hidden = hidden | (document_ids[:, start:end, None] != document_ids[:, None, :end])
-        scores = scores.float().masked_fill(hidden[:, None, None], float("-inf"))
-        weights = torch.softmax(scores, dim=-1).to(v.dtype)
-        out = weights.view(B, K, R * (end - start), end) @ v[:, :, :end]
-        outputs.append(out.view(B, K, R, end - start, hd))
-    return torch.cat(outputs, dim=3).view(B, H, T, hd)
+            visible = visible & (document_ids[:, start:end, None] == document_ids[:, None, :end])
+        bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
+        biases.append(bias[:, None, :, None, :])
+    return biases
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-) -> torch.Tensor:
-    """Scaled dot-product attention, softmax in float32. q (B, H, T, hd), k, v (B, K, S, hd) -> (B, H, T, hd).
+def blocked_attention(q, k, v, biases: list[torch.Tensor]) -> torch.Tensor:
+    """Causal attention as plain matrix products over blocks of query rows, each against the keys up to its
+    end.
 
-    mask (B or 1, 1, T, S) bool, True = may look: cached or padded input. Without a mask it is causal over T = S
-    positions, inside documents when document_ids (B, T) is given.
+    For training on CPUs: the fused kernel's backward is slow there, and this computes only the lower half of
+    the scores. q (B, T, H, hd), k, v (B, T, K, hd), biases from `block_biases` -> (B, T, H, hd).
     """
-    grouped = q.shape[1] != k.shape[1]
-    if mask is None and q.requires_grad and q.device.type == "cpu":
-        return blocked_attention(q, k, v, document_ids)
-    if mask is None and document_ids is not None:
-        mask = document_mask(document_ids)
-    if mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    B, T, H, hd = q.shape
+    K = k.shape[2]
+    R = H // K
+    q = (q * hd**-0.5).view(B, T, K, R, hd).transpose(1, 2).reshape(B, K, T * R, hd)
+    k = k.permute(0, 2, 3, 1).contiguous()  # (B, K, hd, T)
+    v = v.transpose(1, 2).contiguous()  # (B, K, T, hd)
+    outputs = []
+    for i, bias in enumerate(biases):
+        start, rows, end = i * BLOCK, bias.shape[2], bias.shape[4]
+        scores = q[:, :, start * R : end * R] @ k[..., :end]  # (B, K, rows * R, end)
+        scores = scores.view(B, K, rows, R, end) + bias
+        weights = torch.softmax(scores, dim=-1)  # accumulates in float32 inside
+        outputs.append(weights.view(B, K, rows * R, end) @ v[:, :, :end])
+    out = torch.cat(outputs, dim=2).view(B, K, T, R, hd)
+    return out.transpose(1, 2).reshape(B, T, H, hd)
 
 
 def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
-    """Block-diagonal causal mask (B, 1, T, T) bool from document numbers (B, T)."""
+    """Block-diagonal causal mask (B, 1, T, T) bool, True = may look, from document numbers (B, T)."""
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     return same.tril()
 
 
+def attention(q, k, v, mask) -> torch.Tensor:
+    """Scaled dot-product attention. q (B, T, H, hd), k, v (B, S, K, hd) -> (B, T, H, hd).
+
+    mask None: causal over T = S positions; a list: see `blocked_attention`; else (B or 1, 1, T, S) bool,
+    True = may look.
+    """
+    if isinstance(mask, list):
+        return blocked_attention(q, k, v, mask)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245): key/value head g serves query
-    heads g*R ... g*R + R - 1. With qk_norm, queries and keys are normalised per head before the rotation."""
+    """Grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245): key/value head g
+    serves query heads g*R ... g*R + R - 1. With qk_norm, queries and keys are normalised per head before the
+    rotation."""
 
     def __init__(self, config: MiniMindConfig, layer_idx: int):
         super().__init__()
@@ -360,20 +372,20 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x, cos, sin, mask=None, document_ids=None, cache: Cache | None = None):
-        """x (B, T, D) -> (B, T, D); cos, sin (B, T, 1, head_dim); a cache receives the rotated keys and the values."""
+    def forward(self, x, cos, sin, mask=None, cache: Cache | None = None):
+        """x (B, T, D) -> (B, T, D); cos, sin (B, T, 1, head_dim); mask: see `attention`. A cache receives the
+        rotated keys and the values as (B, K, T, head_dim) and returns all of them."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q, cos, sin).transpose(1, 2)
-        k = rotate(k, cos, sin).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
-        out = attention(q, k, v, mask, document_ids)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return self.o_proj(attention(q, k, v, mask).reshape(B, T, -1))
 
 
 class FeedForward(nn.Module):
@@ -390,11 +402,12 @@ class FeedForward(nn.Module):
 
 
 def route(logits: torch.Tensor, k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose k experts per token. logits (N, E) -> probabilities (N, E), weights (N, k), experts (N, k); float32.
+    """Choose k experts per token. logits (N, E) -> probabilities (N, E), weights (N, k), experts (N, k);
+    float32.
 
-    With k = 1 a normalised weight is the constant 1, and the router would learn nothing from the language loss. Its value
-    stays 1, as the checkpoints expect, but the gradient is that of the unnormalised probability (as in Switch
-    Transformer, https://arxiv.org/abs/2101.03961): a straight-through estimate.
+    With k = 1 a normalised weight is the constant 1, and the router would learn nothing from the language
+    loss. Its value stays 1, as the checkpoints expect, but the gradient is that of the unnormalised
+    probability (as in Switch Transformer, https://arxiv.org/abs/2101.03961): a straight-through estimate.
     """
     probs = torch.softmax(logits.float(), dim=-1)
     weights, experts = probs.topk(k, dim=-1)
@@ -419,11 +432,12 @@ def balance_loss(probs: torch.Tensor, experts: torch.Tensor, valid: torch.Tensor
 
 
 class MoEFeedForward(nn.Module):
-    """A softmax router sends each token to `num_experts_per_tok` SwiGLU experts; shared experts see every token.
+    """A softmax router sends each token to `num_experts_per_tok` SwiGLU experts; shared experts see every
+    token.
 
-    No token is dropped: the (token, expert) pairs are sorted by expert, each expert multiplies its slice once, and the
-    results are added back. All experts' weights enter the graph in every step, so an expert without tokens receives a
-    zero gradient and distributed training does not wait for it.
+    No token is dropped: the (token, expert) pairs are sorted by expert, each expert multiplies its slice
+    once, and the results are added back. All experts' weights enter the graph in every step, so an expert
+    without tokens receives a zero gradient and distributed training does not wait for it.
     """
 
     def __init__(self, config: MiniMindConfig):
@@ -488,9 +502,10 @@ class Block(nn.Module):
         self.dropout = config.dropout
         self.use_moe = config.use_moe
 
-    def forward(self, x, cos, sin, mask=None, document_ids=None, valid=None, cache=None):
-        """x (B, T, D) -> x (B, T, D), and for a mixture its balance loss and expert load (else None, None)."""
-        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin, mask, document_ids, cache))
+    def forward(self, x, cos, sin, mask=None, valid=None, cache=None):
+        """x (B, T, D) -> x (B, T, D), and for a mixture its balance loss and expert load (else None,
+        None)."""
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
         h = self.post_attention_layernorm(x)
         if not self.use_moe:
             return x + self.drop(self.mlp(h)), None, None
@@ -501,29 +516,32 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loss over the vocabulary
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-LOSS_CHUNK = 1024  # positions whose logits exist at the same time
+LOSS_CHUNK = 512  # positions whose logits exist at the same time
 
 
 def chunk_cross_entropy(hidden, weight, targets):
-    """hidden (n, D), weight (V, D), targets (n,) valid ids -> summed loss (float32 scalar) and the gradient of that
-    sum by the logits, (n, V) in hidden's dtype: softmax - onehot."""
+    """hidden (n, D), weight (V, D), targets (n,) valid ids -> summed loss (float32 scalar) and the gradient
+    of that sum by the logits, softmax - onehot, (n, V) in hidden's dtype."""
     logits = (hidden @ weight.T).float()
-    log_norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-    loss = (log_norm - logits.gather(1, targets[:, None])).sum()
-    positions = torch.arange(logits.shape[1], device=logits.device)
-    grad = torch.exp(logits - log_norm) - (positions == targets[:, None]).to(logits.dtype)
+    target_logits = logits.gather(1, targets[:, None])
+    peak = logits.amax(dim=-1, keepdim=True)
+    logits.sub_(peak).exp_()  # in place: this memory is touched often
+    total = logits.sum(dim=-1, keepdim=True)
+    loss = (total.log() + peak - target_logits).sum()
+    grad = logits.div_(total)
+    grad.scatter_add_(1, targets[:, None], torch.full_like(target_logits, -1.0))
     return loss, grad.to(hidden.dtype)
 
 
 class LinearCrossEntropySum(torch.autograd.Function):
     """Sum of -log softmax(hidden @ weight.T)[target], LOSS_CHUNK positions at a time.
 
-    The gradient by the logits is known as soon as the logits are, so both matrix gradients are taken in the forward pass
-    and the (N, V) logits are never kept.
+    The gradient by the logits is known as soon as the logits are, so both matrix gradients are taken in the
+    forward pass and the (N, V) logits are never kept.
     """
 
     @staticmethod
@@ -563,17 +581,17 @@ def linear_cross_entropy_sum(
 ) -> torch.Tensor:
     """Summed next-token loss without the logits of all positions in memory.
 
-    hidden (N, D), weight (V, D), targets (N,) with -100 = not a target -> float32 scalar; 0 when nothing is a target.
-    `compute_chunk` may be a compiled `chunk_cross_entropy`.
+    hidden (N, D), weight (V, D), targets (N,) with -100 = not a target -> float32 scalar; 0 when nothing is a
+    target. `compute_chunk` may be a compiled `chunk_cross_entropy`.
     """
     keep = (targets != -100).nonzero().squeeze(1)  # prompts and padding cost no vocabulary product
     with torch.autocast(hidden.device.type, enabled=False):
         return LinearCrossEntropySum.apply(hidden[keep], weight, targets[keep], compute_chunk)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The model
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class MiniMindModel(nn.Module):
@@ -594,8 +612,9 @@ class MiniMindModel(nn.Module):
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None
     ):
-        """-> hidden states (B, T, D), balance loss (scalar: mean over layers, not yet multiplied by its coefficient, or
-        None), expert load (layers, E) or None. See MiniMindForCausalLM.forward for the arguments."""
+        """-> hidden states (B, T, D), balance loss (scalar: mean over layers, not yet multiplied by its
+        coefficient, or None), expert load (layers, E) or None. See MiniMindForCausalLM.forward for the
+        arguments."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         device = x.device
         if torch.is_autocast_enabled(device.type):  # the residual stream travels in the compute dtype
@@ -616,6 +635,10 @@ class MiniMindModel(nn.Module):
             cos, sin = cos[position_ids], sin[position_ids]
         cos, sin = cos.to(x.dtype).unsqueeze(2), sin.to(x.dtype).unsqueeze(2)
         mask = self.build_mask(attention_mask, past_key_values, past, B, T, device)
+        if mask is None and device.type == "cpu" and (torch.is_grad_enabled() or document_ids is not None):
+            mask = block_biases(T, document_ids, x.dtype, device)
+        elif mask is None and document_ids is not None:
+            mask = document_mask(document_ids)
         valid = None
         if self.config.use_moe and attention_mask is not None and attention_mask.dim() == 2:
             valid = attention_mask[:, -T:]
@@ -624,7 +647,7 @@ class MiniMindModel(nn.Module):
 
         aux_losses, loads = [], []
         for layer in self.layers:
-            args = (layer, x, cos, sin, mask, document_ids, valid, past_key_values)
+            args = (layer, x, cos, sin, mask, valid, past_key_values)
             if self.gradient_checkpointing and self.training:
                 x, aux, load = torch.utils.checkpoint.checkpoint(self.run_block, *args, use_reentrant=False)
             else:
@@ -636,10 +659,11 @@ class MiniMindModel(nn.Module):
         return self.norm(x), aux_loss, torch.stack(loads) if loads else None
 
     def build_mask(self, attention_mask, cache, past, B, T, device):
-        """(B or 1, 1, T, S) bool, True = may look; None when plain causal attention over T positions is meant.
+        """(B or 1, 1, T, S) bool, True = may look; None when plain causal attention over T positions is
+        meant.
 
-        Query i sits in slot past + i and sees slots up to its own that hold a real token. A padding row sees itself, so
-        that no row of the softmax is empty (an empty row would be NaN).
+        Query i sits in slot past + i and sees slots up to its own that hold a real token. A padding row sees
+        itself, so that no row of the softmax is empty (an empty row would be NaN).
         """
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
@@ -660,7 +684,8 @@ class MiniMindModel(nn.Module):
 
 
 class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model. Works alone, with `transformers.generate`, and with `model/generation.py` (faster)."""
+    """The language model. Works alone, with `transformers.generate`, and with `model/generation.py`
+    (faster)."""
 
     config_class = MiniMindConfig
     base_model_prefix = "model"
@@ -682,7 +707,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        # A parent is initialised after its children, so this decides for the two projections that write the residual.
+        # A parent is initialised after its children, so this decides for the two projections that write the
+        # residual.
         if isinstance(module, Attention | FeedForward) and self.config.residual_init != "normal":
             out = module.o_proj if isinstance(module, Attention) else module.down_proj
             if self.config.residual_init == "zero":
@@ -697,7 +723,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.embed_tokens = value
 
     def compile_blocks(self):
-        """Compile one block and the loss chunk (torch.compile): every layer shares the code, so this costs seconds."""
+        """Compile one block and the loss chunk (torch.compile): every layer shares the code, so this costs
+        seconds."""
         self.model.run_block = torch.compile(Block.forward, dynamic=False)
         self.compute_chunk = torch.compile(chunk_cross_entropy, dynamic=True)
         return self
@@ -721,19 +748,20 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, S) 1/0, padding on either side; not for packed rows.
-            position_ids: (B, T). Without mask and cache, a position 0 starts a new document of a packed row: attention
-                stays inside it.
+            position_ids: (B, T). Without mask and cache, a position 0 starts a new document of a packed row:
+                attention stays inside it.
             past_key_values: a transformers Cache.
-            labels: (B, T), -100 = not a target; position t is scored by the logits at t - 1 (the shift is done here).
-            num_items_in_batch: the loss is the SUM over targets divided by this count (of the whole optimizer step, over
-                micro-batches and processes); default: the targets in this call.
+            labels: (B, T), -100 = not a target; position t is scored by the logits at t - 1 (the shift is
+                done here).
+            num_items_in_batch: the loss is the SUM over targets divided by this count (of the whole optimizer
+                step, over micro-batches and processes); default: the targets in this call.
             logits_to_keep: compute logits of the last n positions only (0 = all).
             return_logits: with labels, logits are only computed when asked for.
 
         Returns:
-            loss (float32, without the balance loss), aux_loss (balance loss times its coefficient; None when dense),
-            logits (B, T', V), past_key_values, hidden_states = (last,) when asked, router_logits holds the expert load
-            (layers, E).
+            loss (float32, without the balance loss), aux_loss (balance loss times its coefficient; None when
+            dense), logits (B, T', V), past_key_values, hidden_states = (last,) when asked, router_logits
+            holds the expert load (layers, E).
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -742,7 +770,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         )
         loss = logits = None
         if labels is not None:
-            # Position T - 1 has no target here: moving labels instead of cutting hidden states keeps the shape.
+            # Position T - 1 has no target here: moving labels instead of cutting hidden states keeps the
+            # shape.
             targets = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
             if num_items_in_batch is None:
                 num_items_in_batch = (targets != -100).sum().clamp(min=1)
@@ -775,8 +804,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def flops_per_token(config: MiniMindConfig, seq_len: int, num_active: int) -> float:
-    """Training FLOPs per token, forward + backward: 6 per active weight in a matrix product (the tied head included, the
-    embedding look-up not) + causal attention 6 * layers * H * head_dim * seq_len (half of the full square)."""
+    """Training FLOPs per token, forward + backward: 6 per active weight in a matrix product (the tied head
+    included, the embedding look-up not) + causal attention 6 * layers * H * head_dim * seq_len (half of the
+    full square)."""
     matmul_params = num_active - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
     return 6.0 * matmul_params + attention

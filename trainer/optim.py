@@ -1,9 +1,9 @@
 """Optimizers and schedules: Muon for the hidden matrices, AdamW for everything else, or AdamW for all.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix by the
-nearest matrix with orthonormal rows or columns, so that every direction of the matrix learns at the same speed. On
-small language models it reaches a given loss in roughly 40 % of AdamW's steps. Embeddings, the tied head, the router
-of a mixture and all vectors are not maps between hidden spaces; they stay with AdamW.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix
+by the nearest matrix with orthonormal rows or columns, so that every direction of the matrix learns at the
+same speed. On small language models it reaches a given loss in roughly 40 % of AdamW's steps. Embeddings, the
+tied head, the router of a mixture and all vectors are not maps between hidden spaces; they stay with AdamW.
 
 Schedules are pure functions of the optimizer step, so resuming needs no scheduler state.
 """
@@ -19,8 +19,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The approximate U V^T of G = U S V^T, for a stack of matrices (n, rows, cols), in the dtype given.
 
-    Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T drives every singular value towards 1 (the quintic
-    stops near 1, within about 0.7 ... 1.2; that is exact enough and needs only matrix products).
+    Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T drives every singular value towards 1
+    (the quintic stops near 1, within about 0.7 ... 1.2; that is exact enough and needs only matrix products).
     """
     a, b, c = NEWTON_SCHULZ
     X = matrices
@@ -88,7 +88,8 @@ class Muon(torch.optim.Optimizer):
 def split_parameters(model) -> tuple[list, list, list]:
     """(hidden matrices, other matrices, vectors), each tensor once: a tied head counts as its embedding.
 
-    Hidden matrices map hidden space to hidden space inside a block; the router of a mixture is not one of them.
+    Hidden matrices map hidden space to hidden space inside a block; the router of a mixture is not one of
+    them.
     """
     hidden, other, vectors = [], [], []
     for name, p in model.named_parameters():
@@ -111,7 +112,8 @@ def build_optimizers(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95),
 ) -> list[torch.optim.Optimizer]:
-    """`muon`: [AdamW for embeddings, head, router and vectors; Muon for hidden matrices]; `adamw`: [AdamW for all].
+    """`muon`: [AdamW for embeddings, head, router and vectors; Muon for hidden matrices]; `adamw`: [AdamW for
+    all].
 
     Weight decay falls on hidden matrices only. Every group keeps its peak rate as "base_lr", see `set_lr`.
     """
