@@ -1,4 +1,5 @@
-"""The model against transformers' Llama, Qwen3 and Qwen3-MoE, and against itself: packed, cached, padded, chunked."""
+"""The model against transformers' Llama, Qwen3 and Qwen3-MoE, and against itself: packed, cached, padded,
+chunked."""
 
 import math
 
@@ -165,7 +166,8 @@ def test_transformers_generate_gives_the_reference_tokens(kind):
     )
 
 
-# ------------------------------------------------------------------------------------------------ rotary positions
+# ---- rotary
+# positions
 
 
 def test_yarn_frequencies_equal_transformers():
@@ -226,7 +228,8 @@ def test_yarn_model_equals_transformers_and_the_flag_means_factor_16():
     assert (ours(x).logits - plain(x).logits).abs().max() > 1e-3, "YaRN changed nothing"
 
 
-# ------------------------------------------------------------------------------------------ packed, cached, padded
+# ---- packed, cached,
+# padded
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -303,7 +306,7 @@ def test_logits_to_keep_are_the_last_ones():
     torch.testing.assert_close(model(x, logits_to_keep=3).logits, model(x).logits[:, -3:])
 
 
-# ------------------------------------------------------------------------------------------------------------ loss
+# ---- loss
 
 
 def test_chunked_loss_and_gradients_equal_cross_entropy_in_float64():
@@ -338,7 +341,7 @@ def test_the_first_loss_of_a_fresh_model_is_ln_vocab():
     assert abs(model(tokens(4, 60), labels=tokens(4, 60)).loss.item() - math.log(100)) < 0.1
 
 
-# -------------------------------------------------------------------------------------------------------------- MoE
+# ---- MoE
 
 
 def test_balance_loss_by_hand_and_against_transformers():
@@ -360,7 +363,8 @@ def test_balance_loss_by_hand_and_against_transformers():
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("normalise", [True, False])
 def test_the_router_learns_from_the_language_loss_alone(k, normalise):
-    """Normalising a single weight makes it the constant 1: the router of MiniMind's default got no gradient."""
+    """Normalising a single weight makes it the constant 1: the router of MiniMind's default got no
+    gradient."""
     model = random_model(**(MOE | dict(num_experts_per_tok=k, norm_topk_prob=normalise))).train()
     model(tokens(), labels=tokens()).loss.backward()
     for layer in model.model.layers:
