@@ -56,8 +56,8 @@ def pip_install(python: Path, *args: str):
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", *args]
     if subprocess.run(command, cwd=ROOT).returncode:
         raise SystemExit(
-            f"installing failed: {' '.join(args)}\nCheck the network (a mirror: set PIP_INDEX_URL), then run the same "
-            "command again: it goes on where it stopped."
+            f"installing failed: {' '.join(args)}\nCheck the network (a mirror: set PIP_INDEX_URL), then run "
+            "the same command again: it goes on where it stopped."
         )
 
 
@@ -67,7 +67,7 @@ def ensure(requirements: str):
     Otherwise: create .venv if needed, install what is missing there (torch first, pinned for the rest, so
     that no other package brings another build of it), and run the same command again with .venv's Python.
     """
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - the user may start this with any Python
         raise SystemExit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
     pins = read_pins(ROOT / requirements)
     if not missing(pins):
@@ -82,7 +82,7 @@ def ensure(requirements: str):
         python = Path(sys.executable)
         started = time.time()
         absent = missing(pins)
-        print(f"installing {', '.join(absent)} (once; a minute or two)", flush=True)
+        print(f"installing {', '.join(absent)} (once; minutes)", flush=True)
         if "torch" in absent:
             pip_install(python, f"torch=={pins['torch']}")
         constraint = VENV / "constraint.txt"
@@ -91,8 +91,7 @@ def ensure(requirements: str):
         importlib.invalidate_caches()
         still = missing(pins)
         if still:
-            raise SystemExit(f"still missing after installation: {', '.join(still)}; delete .venv and try
-            again")
+            raise SystemExit(f"still missing: {', '.join(still)}; delete .venv and run the command again")
         print(f"installed in {time.time() - started:.0f} s", flush=True)
     rerun(python)
 
