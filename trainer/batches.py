@@ -150,7 +150,8 @@ def load_step(dataset, rows: list[int], args, rt, pin: bool = False) -> StepBatc
 def training_steps(dataset, args, rt, start_step: int = 0, end_step: int | None = None):
     """Yield (step, micro_batches) from start_step to the end of the run; a thread prepares the next steps meanwhile.
 
-    Ends early, after the running step, when Ctrl-C or SIGTERM arrived anywhere (`rt.stopping`).
+    Ends early, after the running step, when Ctrl-C or SIGTERM arrived anywhere (`rt.stopping`); before the first step
+    that is a KeyboardInterrupt.
     """
     from trainer import runtime
 
@@ -183,6 +184,7 @@ def training_steps(dataset, args, rt, start_step: int = 0, end_step: int | None 
 
     thread = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
     thread.start()
+    started = False
     try:
         while not (rt.stopping or rt.world_size == 1 and rt.stop_signal):
             step, batches, error = ready.get()
@@ -190,12 +192,15 @@ def training_steps(dataset, args, rt, start_step: int = 0, end_step: int | None 
                 raise error
             if batches is None:
                 return
+            started = True
             for i, batch in enumerate(batches):
                 batches[i] = {name: t.to(rt.device, non_blocking=pin) for name, t in batch.items()}
             shown = ", ".join(map(str, batches.rows[:8])) + (", ..." if len(batches.rows) > 8 else "")
             rt.samples = f"step {step + 1}, rows {shown} of the training data"
             yield step, batches
             del batches
+        if not started:
+            raise KeyboardInterrupt  # there is nothing new to save
     finally:
         closed.set()
         thread.join()
@@ -261,7 +266,7 @@ def steps_for_minutes(dataset, args, rt, rehearse, undo, overhead_seconds: float
         enough = len(times) >= 4 and sum(times[1:]) > 0.02 * budget
         if runtime.total(int(enough), rt):
             break
-    if rt.stopping or not times:
+    if rt.stopping:
         raise KeyboardInterrupt
     undo()
     # The first step compiles and warms up; the median of the others is not moved by a hiccup.

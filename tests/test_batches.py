@@ -1,0 +1,174 @@
+"""Which rows make up a step: every row once per epoch, the same rows for any number of processes."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from train_helpers import flags, pretrain_file, sft_file, stage_module
+
+from trainer import batches, checkpoint
+from trainer.runtime import TrainingError
+
+
+def settings(batch_size=4, accumulation_steps=2, epochs=1, max_steps=0, seed=1):
+    return SimpleNamespace(
+        batch_size=batch_size,
+        accumulation_steps=accumulation_steps,
+        epochs=epochs,
+        max_steps=max_steps,
+        seed=seed,
+    )
+
+
+def rows_of(step, num_rows, args):
+    return batches.Order(num_rows, args.seed).rows(batches.step_positions(step, num_rows, args))
+
+
+def test_every_row_comes_once_per_epoch():
+    args = settings(epochs=3)
+    seen = [row for step in range(batches.num_steps(21, args)) for row in rows_of(step, 21, args)]
+    assert len(seen) == 63
+    for epoch in range(3):
+        assert sorted(seen[epoch * 21 : (epoch + 1) * 21]) == list(range(21))
+    assert seen[:21] != seen[21:42], "each epoch has an order of its own"
+
+
+def test_the_order_is_written_in_stone():
+    """Numbers from numpy's frozen generator: a run begun with one version resumes in another."""
+    assert batches.epoch_order(8, seed=42, epoch=0).tolist() == [4, 3, 7, 6, 0, 1, 5, 2]
+    assert batches.epoch_order(8, seed=42, epoch=1).tolist() == [1, 2, 5, 6, 0, 3, 4, 7]
+
+
+def test_max_steps_goes_on_beyond_the_epochs():
+    args = settings(epochs=1, max_steps=10)
+    assert batches.num_steps(21, args) == 10
+    assert all(len(rows_of(step, 21, args)) == 8 for step in range(10))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("num_items", [1, 5, 8, 24])
+def test_processes_share_a_step_without_loss_or_overlap(world_size, num_items):
+    shares = batches.split_step(list(range(num_items)), world_size, micro_size=3)
+    assert sorted(item for share in shares for micro in share for item in micro) == list(range(num_items))
+    assert len({len(share) for share in shares}) == 1, "all processes have the same number of micro-batches"
+    assert all(len(micro) <= 3 for share in shares for micro in share)
+
+
+def test_micro_batches_are_equal_parts_of_the_share():
+    assert batches.micro_rows(settings(batch_size=32, accumulation_steps=3), world_size=2) == 24
+    assert batches.micro_rows(settings(batch_size=32, accumulation_steps=8), world_size=8) == 32
+    assert batches.micro_rows(settings(batch_size=32, accumulation_steps=1), world_size=8) == 4
+
+
+def test_an_impossible_split_names_the_remedy():
+    rt = SimpleNamespace(world_size=2)
+    with pytest.raises(TrainingError, match="3 rows per step cannot be shared by 2 processes.*--batch_size 4"):
+        batches.check_split(settings(batch_size=3, accumulation_steps=1), rt)
+
+
+def runtime_of(rank=0, world_size=1):
+    import torch
+
+    return SimpleNamespace(
+        rank=rank,
+        world_size=world_size,
+        device=torch.device("cpu"),
+        stopping=False,
+        stop_signal=None,
+        samples="",
+        old_handlers={"already": "set"},
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    from dataset.lm_dataset import load_pretrain
+
+    path = pretrain_file(tmp_path_factory.mktemp("data"))
+    return load_pretrain(path, checkpoint.load_tokenizer(), 48, num_workers=1)[0]
+
+
+def test_two_processes_see_the_rows_of_one(dataset):
+    args = settings(epochs=2)
+    alone = [b.rows for _, b in batches.training_steps(dataset, args, runtime_of())]
+    pair = [
+        [b.rows for _, b in batches.training_steps(dataset, args, runtime_of(rank, 2))] for rank in (0, 1)
+    ]
+    assert alone == [first + second for first, second in zip(*pair)]
+
+
+def test_counts_are_those_of_the_tensors_and_sum_to_the_dataset(dataset):
+    args, targets, tokens = settings(epochs=1), 0, 0
+    for _, step in batches.training_steps(dataset, args, runtime_of()):
+        labels = [batch["labels"][:, 1:] for batch in step]
+        assert step.num_targets == sum(int((part != -100).sum()) for part in labels)
+        targets, tokens = targets + step.num_targets, tokens + step.num_tokens
+        assert {tuple(batch["input_ids"].shape) for batch in step} == {(4, 48)}, "one shape: compiled once"
+    assert (targets, tokens) == (dataset.num_targets, dataset.num_tokens)
+
+
+def test_starting_in_the_middle_gives_the_same_steps(dataset):
+    args = settings(epochs=2)
+    whole = [(step, b.rows) for step, b in batches.training_steps(dataset, args, runtime_of())]
+    later = [(step, b.rows) for step, b in batches.training_steps(dataset, args, runtime_of(), start_step=2)]
+    assert later == whole[2:]
+
+
+def test_an_error_while_reading_ahead_reaches_the_loop(dataset, monkeypatch):
+    def broken(rows):
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(dataset, "batch", broken)
+    with pytest.raises(OSError, match="went away"):
+        list(batches.training_steps(dataset, settings(), runtime_of()))
+
+
+def test_filling_rows_are_padding_without_targets(dataset):
+    batch = batches.collate(dataset, [3], size=4)
+    assert (batch["labels"][1:] == -100).all() and (batch["input_ids"][1:] == dataset.pad_id).all()
+    np.testing.assert_array_equal(batch["input_ids"][0], dataset[3]["input_ids"])
+    empty = batches.collate(dataset, [], size=2)
+    assert (empty["labels"] == -100).all() and empty["input_ids"].shape == (2, 48)
+
+
+def test_the_fingerprint_changes_with_content_length_and_packing(tmp_path):
+    from dataset.lm_dataset import load_sft
+
+    tokenizer = checkpoint.load_tokenizer()
+    first, again, other = (sft_file(tmp_path / name, seed=s) for name, s in [("a", 0), ("b", 0), ("c", 1)])
+
+    def fingerprint(path, max_seq_len=48, **options):
+        return batches.fingerprint(load_sft(path, tokenizer, max_seq_len, num_workers=1, **options)[0])
+
+    known = fingerprint(first)
+    assert known == fingerprint(again), "the path does not matter"
+    assert known not in (fingerprint(other), fingerprint(first, 64), fingerprint(first, pack=False))
+
+
+def test_max_minutes_is_turned_into_steps_and_leaves_no_trace(tmp_path, capsys):
+    """The rehearsed steps are taken back: the timed run equals `--max_steps N` bit for bit."""
+    from train_helpers import assert_bit_equal, log_lines, train, weights
+
+    train("pretrain", tmp_path / "timed", "--max_steps", 0, "--max_minutes", 0.03)
+    steps = log_lines(tmp_path / "timed")[-1]["step"]
+    assert steps > 3
+    train("pretrain", tmp_path / "counted", steps=steps)
+    assert_bit_equal(weights(tmp_path / "timed"), weights(tmp_path / "counted"))
+    train("pretrain", tmp_path / "timed", "--max_steps", 0, "--max_minutes", 0.03, "--from_resume", 1)
+    assert f"{steps} of {steps} steps are done" in capsys.readouterr().out
+
+
+def test_the_held_out_file_wins_over_the_held_out_share(tmp_path):
+    from trainer import runtime
+
+    module = stage_module("pretrain")
+    held_out = pretrain_file(tmp_path / "val", rows=20, seed=7)
+    argv = flags("pretrain", tmp_path)
+    argv[argv.index("--val_fraction") : argv.index("--val_fraction") + 2] = ["--val_path", str(held_out)]
+    args = module.parse_args(argv)
+    from dataset.lm_dataset import load_pretrain
+
+    rt = runtime.start(args)
+    tokenizer = checkpoint.load_tokenizer()
+    train, val = batches.load(load_pretrain, args.data_path, tokenizer, args, rt)
+    assert train.report()["documents"] == 80 and val.report()["documents"] == 20
