@@ -100,6 +100,23 @@ class TextEncoder:
             _encoders[tokenizer] = known
         return known
 
+    @classmethod
+    def from_folder(cls, folder):
+        """From tokenizer.json, tokenizer_config.json and chat_template.jinja, without importing
+        transformers."""
+        folder = Path(folder)
+        try:
+            tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{folder} is not a tokenizer folder: {error}") from None
+        ids = {token["content"]: token["id"] for token in json.loads(tokenizer_json)["added_tokens"]}
+        names = [config.get(f"{role}_token") for role in ("bos", "eos", "pad")]
+        names = [name["content"] if isinstance(name, dict) else name for name in names]
+        template = folder / "chat_template.jinja"
+        template = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
+        return cls(tokenizer_json, template, *(ids.get(name) for name in names))
+
     def fingerprint(self, with_template):
         """Hash of everything that decides the ids of a text."""
         settings = json.loads(self.spec[0])
@@ -116,7 +133,7 @@ class TextEncoder:
 
     def encode_documents(self, texts):
         """bos + text + eos for each text, as int lists."""
-        return [[self.bos, *ids, self.eos] for ids in self._encode(texts)]
+        return [[self.bos, *ids, self.eos] for ids in self.encode_texts(texts)]
 
     # -- conversations
 
@@ -124,7 +141,7 @@ class TextEncoder:
         """`(ids, mask)` int lists of each canonical `(messages, tools)` (see `rows.canonical`)."""
         runs_of_each = [list(self.runs(messages, tools)) for messages, tools in conversations]
         encoded = iter(
-            self._encode([run for runs in runs_of_each for run, _ in runs if isinstance(run, str)])
+            self.encode_texts([run for runs in runs_of_each for run, _ in runs if isinstance(run, str)])
         )
         result = []
         for runs in runs_of_each:
@@ -164,7 +181,7 @@ class TextEncoder:
         runs = self.runs(messages, tools, generation_prompt, open_thinking)
         return "".join(run if isinstance(run, str) else names[run] for run, _ in runs)
 
-    def _encode(self, texts):
+    def encode_texts(self, texts):
         """Ids of each text. Equal texts (role names, tool lists) are encoded once and share one list."""
         unique = list(dict.fromkeys(texts))
         encoded = self.plain.encode_batch_fast(unique, add_special_tokens=False)
@@ -499,6 +516,7 @@ class PackedDataset:
             "kept_percent": 100 * self.num_tokens / max(source, 1),
             "padding_percent": 100 * (1 - self.num_tokens / max(slots, 1)),
             "targets": self.num_targets,
+            "kept_target_percent": 100 * self.num_targets / max(self._report["source_targets"], 1),
             "target_percent": 100 * self.num_targets / max(slots, 1),
             "rows_without_targets": int((self.row_targets == 0).sum()),
         }
@@ -508,7 +526,8 @@ class PackedDataset:
         report = self.report()
         line = (
             f"{report['documents']:,} documents -> {report['rows']:,} rows of {self.max_seq_len}: "
-            f"{report['tokens']:,} tokens ({report['kept_percent']:.1f}% kept), "
+            f"{report['tokens']:,} tokens ({report['kept_percent']:.1f}% kept, "
+            f"{report['kept_target_percent']:.1f}% of the targets), "
             f"{report['padding_percent']:.1f}% padding, {report['target_percent']:.1f}% targets, "
             f"{report['rows_without_targets']} rows without targets"
         )
@@ -519,6 +538,8 @@ class PackedDataset:
                 f"; {report['cut_documents']:,} conversations cut after the last answer that fits, "
                 f"{report['dropped_documents']:,} dropped (no answer fits)"
             )
+        if report["kept_target_percent"] < 95 and not report["split_documents"]:
+            line += "; raise --max_seq_len to keep more"
         return line
 
 
@@ -594,7 +615,7 @@ def _make(caches, tokenizer, max_seq_len, val_fraction, pack, fit):
     held_out = packing.held_out(np.concatenate([cache.hashes for cache in caches]), val_fraction)
     sides = []
     for choose in (~held_out, held_out):
-        documents, starts, lengths, base, report = 0, [], [], 0, {}
+        documents, targets, starts, lengths, base, report = 0, 0, [], [], 0, {}
         first = 0
         for cache in caches:
             chosen = np.flatnonzero(choose[first : first + cache.num_documents])
@@ -604,11 +625,19 @@ def _make(caches, tokenizer, max_seq_len, val_fraction, pack, fit):
             lengths.append(piece_lengths)
             base += cache.num_tokens
             documents += len(chosen)
+            doc_lengths = np.diff(cache.offsets)[chosen]
+            targets += int(cache.count_targets(cache.offsets[chosen], doc_lengths).sum())
             for name, count in counts.items():
                 report[name] = report.get(name, 0) + count
         starts, lengths = np.concatenate(starts), np.concatenate(lengths)
         order, row_offsets = packing.rows(lengths, max_seq_len, pack)
-        report = {"documents": documents, "pieces": len(starts), "packed": pack, **report}
+        report = {
+            "documents": documents,
+            "source_targets": targets,
+            "pieces": len(starts),
+            "packed": pack,
+            **report,
+        }
         sides.append(
             PackedDataset(
                 caches,

@@ -50,9 +50,8 @@ def cut_conversations(cache, documents, max_seq_len):
     lengths = np.diff(cache.offsets)[documents]
     fits = lengths <= max_seq_len
     ends = np.asarray(cache.answer_ends)
-    last = (
-        np.searchsorted(ends, starts + max_seq_len, side="right") - 1
-    )  # last answer that ends within the limit
+    # the last answer of all that ends within the limit; perhaps one of an earlier conversation
+    last = np.searchsorted(ends, starts + max_seq_len, side="right") - 1
     kept = np.where(last >= 0, ends[np.maximum(last, 0)] - starts, 0) if len(ends) else np.zeros_like(lengths)
     kept = np.where(fits, lengths, np.maximum(kept, 0))
     keep = kept > 0
@@ -64,6 +63,14 @@ def cut_conversations(cache, documents, max_seq_len):
         "dropped_tokens": int((lengths - kept).sum()),
     }
     return starts[keep], kept[keep].astype(np.int32), counts
+
+
+def count_targets(answer_starts, answer_ends, starts, lengths):
+    """(P,) target tokens of each piece, given the sorted spans of all answers. No piece begins or ends inside
+    an answer."""
+    total = np.concatenate([[0], np.cumsum(answer_ends - answer_starts)])
+    before_end = total[np.searchsorted(answer_ends, starts + lengths, side="right")]
+    return before_end - total[np.searchsorted(answer_starts, starts, side="left")]
 
 
 def rows(lengths, capacity, pack=True):

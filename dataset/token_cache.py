@@ -39,7 +39,9 @@ import uuid
 
 import numpy as np
 
+from dataset import packing
 from dataset.rows import (
+    BLOCK_BYTES,
     DOCTOR,
     DataError,
     RowError,
@@ -91,15 +93,10 @@ class TokenCache:
         return ids, (span >= 0) & (positions < self.answer_ends[np.maximum(span, 0)])
 
     def count_targets(self, starts, lengths):
-        """(P,) targets of each piece. A piece never begins or ends inside an answer."""
+        """(P,) targets of each piece."""
         if not self.has_answers:
             return np.maximum(lengths - 1, 0)
-        total = np.concatenate([[0], np.cumsum(self.answer_ends - self.answer_starts)])
-        ends = starts + lengths
-        return (
-            total[np.searchsorted(self.answer_ends, ends, "right")]
-            - total[np.searchsorted(self.answer_starts, starts, "left")]
-        )
+        return packing.count_targets(self.answer_starts, self.answer_ends, starts, lengths)
 
 
 def open_cache(path, kind, encoder, cache_dir=None, num_workers=None, options=None):
@@ -168,7 +165,8 @@ def _content_hash(path, folder):
         return f"name:{path}"  # a data set of the hub, or missing: reading it will tell
     stat = file.stat()
     seen = {"path": str(file.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    note = folder / f"{_safe_name(path)}-{hashlib.sha256(seen['path'].encode()).hexdigest()[:8]}.seen.json"
+    place = hashlib.sha256(os.fsencode(seen["path"])).hexdigest()[:8]
+    note = folder / f"{_safe_name(path)}-{place}.seen.json"
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(note.read_text(encoding="utf-8"))
         if all(known.get(name) == value for name, value in seen.items()):
@@ -295,7 +293,8 @@ def _build(path, kind, encoder, num_workers, options, parts, target, lock):
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context((part / f"{name}.bin").open("wb")) for name in names}
             files["offsets"].write(np.zeros(1, np.int64).tobytes())
-            for result, read in _encode_blocks(iter_blocks(path), encoder.spec, task, num_workers, stack):
+            blocks = iter_blocks(path, BLOCK_BYTES)
+            for result, read in _encode_blocks(blocks, encoder.spec, task, num_workers):
                 if "error" in result:
                     raise DataError(result["error"])
                 files["tokens"].write(result["tokens"])
@@ -329,7 +328,7 @@ def _build(path, kind, encoder, num_workers, options, parts, target, lock):
             "num_answers": num_answers,
             "num_empty": num_empty,
         }
-        (part / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+        (part / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         try:
             os.rename(part, target)
         except OSError:
@@ -349,7 +348,7 @@ def _cpus():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _encode_blocks(blocks, spec, task, num_workers, stack):
+def _encode_blocks(blocks, spec, task, num_workers):
     """Yield `(result, bytes read)` in the order of the blocks, with few blocks in flight."""
     if not num_workers:
         encode = _block_encoder(spec, task)
