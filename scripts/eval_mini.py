@@ -1,0 +1,184 @@
+"""Examine a model on the held-out files of the embedded curriculum (dataset/make_mini.py).
+
+    python scripts/eval_mini.py --weight out/full_sft_256.pth
+    python scripts/eval_mini.py --weight out/pretrain_256.pth --data_dir dataset/mini --json result.json
+
+Prints one line per metric: share of right answers with its 95 % interval, greedy decoding.
+
+    bits_per_byte    of unseen text of the same world (plain text, no chat)
+    facts_asked      facts that SFT asked about, in words it never used
+    facts_unasked    facts that only stand in pretraining text: no question of any stage asks for them
+    sums             one- and two-digit sums with operands never seen
+    chat             small talk: an expected keyword in a short answer
+    ended            answers that end by themselves
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+FILES = {
+    "facts_asked": "eval_facts_paraphrase.jsonl",
+    "facts_unasked": "eval_facts_unasked.jsonl",
+    "sums": "eval_sums.jsonl",
+    "chat": "eval_chat.jsonl",
+}
+CONVERSATIONS = {
+    "en": [
+        "Hello!",
+        "Who are you?",
+        "What is the capital of Japan?",
+        "What is 47 + 25?",
+        "Thank you, goodbye!",
+    ],
+    "zh": ["你好！", "你叫什么名字？", "日本的首都是哪里？", "36加48等于多少？", "谢谢你，再见！"],
+}
+
+
+def read_rows(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f if line.strip()]
+
+
+def interval(share: float, n: int) -> float:
+    """Half width of the 95 % Wilson interval of a share measured on n items."""
+    z = 1.96
+    return z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n) if n else 0.0
+
+
+def answer(engine, tokenizer, conversations, max_new_tokens: int) -> list:
+    """Greedy answers to lists of messages, batched; Completion objects with their text."""
+    from dataset.lm_dataset import encode_prompt
+
+    prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
+    return engine.generate(prompts, tokenizer=tokenizer, max_new_tokens=max_new_tokens, temperature=0)
+
+
+def bits_per_byte(model, tokenizer, path: Path, max_seq_len: int = 512) -> float:
+    """Sum of -log2 p over the text's tokens / its UTF-8 bytes."""
+    import torch
+
+    from dataset.lm_dataset import load_pretrain
+
+    data, _ = load_pretrain(str(path), tokenizer, max_seq_len, num_workers=1)
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(data), 16):
+            batch = data.batch(list(range(start, min(start + 16, len(data)))))
+            nats += model(**batch, num_items_in_batch=1, return_logits=False).loss.item()
+    return nats / math.log(2) / data.num_bytes
+
+
+def examine(model, tokenizer, data_dir: Path, max_new_tokens: int = 64, engine=None) -> dict:
+    """All metrics of one model: {"metrics": {name: number}, "intervals": ..., "items": ..., "wrong":
+    samples}."""
+    from dataset.mini_eval import is_correct
+    from model.generation import Generator
+
+    engine = engine or Generator(model)
+    result = {"metrics": {}, "intervals": {}, "items": {}, "wrong": {}, "groups": {}}
+    metrics = result["metrics"]
+    metrics["bits_per_byte"] = bits_per_byte(model, tokenizer, data_dir / "pretrain_heldout.jsonl")
+    ended = []
+    for name, file in FILES.items():
+        rows = read_rows(data_dir / file)
+        replies = answer(
+            engine, tokenizer, [[{"role": "user", "content": r["question"]}] for r in rows], max_new_tokens
+        )
+        right = [is_correct(row, reply.text) for row, reply in zip(rows, replies)]
+        ended += [reply.finish_reason == "eos" for reply in replies]
+        metrics[name] = sum(right) / len(rows)
+        result["intervals"][name] = interval(metrics[name], len(rows))
+        result["items"][name] = len(rows)
+        result["wrong"][name] = [
+            {"question": row["question"], "expected": row["answers"], "reply": reply.text}
+            for row, reply, ok in zip(rows, replies, right)
+            if not ok
+        ][:20]
+        groups: dict[str, list] = {}
+        for row, ok in zip(rows, right):
+            groups.setdefault(row["group"], []).append(ok)
+        result["groups"][name] = {g: sum(v) / len(v) for g, v in sorted(groups.items())}
+    metrics["ended"] = sum(ended) / len(ended)
+    result["items"]["ended"] = len(ended)
+    result["intervals"]["ended"] = interval(metrics["ended"], len(ended))
+    return result
+
+
+def talk(engine, tokenizer, turns: list[str], max_new_tokens: int = 64) -> list[dict]:
+    """A conversation with memory: every answer joins the history of the next question."""
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        reply = answer(engine, tokenizer, [messages], max_new_tokens)[0]
+        messages.append({"role": "assistant", "content": reply.text})
+    return messages
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weight", required=True, metavar="FILE", help="a weight file, out/full_sft_256.pth")
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        default=ROOT / "dataset" / "mini",
+        metavar="DIR",
+        help="the curriculum's folder",
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=64, help="limit of an answer, in tokens (default: 64)"
+    )
+    parser.add_argument("--num_threads", type=int, default=0, help="CPU threads, 0 = all (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
+    parser.add_argument(
+        "--untrained", action="store_true", help="random weights of the same architecture instead"
+    )
+    return parser.parse_args(argv)
+
+
+def main(args):
+    import torch
+
+    from model.generation import Generator
+    from model.model_minimind import MiniMindForCausalLM
+    from trainer import checkpoint
+
+    started = time.time()
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    path = Path(args.weight)
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; give a weight file such as out/full_sft_256.pth")
+    if not (args.data_dir / FILES["sums"]).exists():
+        raise SystemExit(f"{args.data_dir} holds no curriculum; write it with: python dataset/make_mini.py")
+    tokenizer = checkpoint.load_tokenizer()
+    model, _ = checkpoint.load_model(path, tokenizer)
+    if args.untrained:
+        torch.manual_seed(0)
+        model = MiniMindForCausalLM(model.config).eval()
+    engine = Generator(model)
+    result = examine(model, tokenizer, args.data_dir, args.max_new_tokens, engine)
+    result["conversations"] = {lang: talk(engine, tokenizer, turns) for lang, turns in CONVERSATIONS.items()}
+    result["seconds"] = time.time() - started
+    for name, value in result["metrics"].items():
+        if name == "bits_per_byte":
+            print(f"{name:15} {value:8.3f}")
+        else:
+            margin, items = result["intervals"][name], result["items"][name]
+            print(f"{name:15} {100 * value:7.1f} %  +- {100 * margin:.1f}  ({items} items)")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    main(parse_args())
