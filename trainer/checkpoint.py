@@ -9,6 +9,7 @@ unpickled: `torch.load(weights_only=True)` reads tensors and plain values only. 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -107,7 +108,8 @@ def write_file(content: dict, path: Path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "Free some space" if full else "Make the folder writable"
         kept = "the previous file is still there" if path.exists() else "no file was left behind"

@@ -559,13 +559,13 @@ def peak_flops(rt: Runtime) -> float | None:
         return None
     if rt.device.type != "cpu":
         return None
-    a, b = torch.randn(4096, 512).to(rt.dtype), torch.randn(512, 2048).to(rt.dtype)
-    out = torch.empty(4096, 2048, dtype=rt.dtype)
-    best = 0.0
-    for _ in range(8):
-        begin = time.perf_counter()
+    a, b = torch.randn(2048, 512).to(rt.dtype), torch.randn(512, 1024).to(rt.dtype)
+    out = torch.empty(2048, 1024, dtype=rt.dtype)
+    best, begin = 0.0, time.perf_counter()
+    while time.perf_counter() - begin < 0.1:
+        start = time.perf_counter()
         torch.mm(a, b, out=out)
-        best = max(best, 2 * 4096 * 512 * 2048 / (time.perf_counter() - begin))
+        best = max(best, 2 * 2048 * 512 * 1024 / (time.perf_counter() - start))
     return best * rt.world_size
 
 
