@@ -205,7 +205,7 @@ def test_what_would_be_dropped_silently_is_refused(messages, tools, word):
 
 
 def bare_template():
-    """The template in a plain sandbox without generation markers, as engines other than transformers hold it."""
+    """The template in a plain sandbox without generation markers: as other engines hold it."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message):
@@ -245,7 +245,7 @@ conversations = st.tuples(
 @settings(max_examples=150, deadline=None)
 @given(conversations, st.sampled_from([None, [CLOCK], [WEATHER, CLOCK]]))
 def test_more_turns_never_change_earlier_text(messages, tools):
-    """So that a conversation can be continued from its key/value cache, and trained as one sequence. (Inside a
+    """So that a conversation can be continued from its key/value cache, and trained as one sequence. (In a
     run of tool results the turn is still open: there only its closing tag moves.)"""
     whole = render(messages, tools=tools)
     for k in range(1, len(messages) + 1):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,7 +188,7 @@ def test_streaming_of_a_cut_character_ends_in_one_replacement(backend):
 
 
 def test_text_of_users_need_not_become_reserved_tokens(tokenizer):
-    """`split_special_tokens` disarms the 21 special tokens only; tags such as <think> stay tokens. Without the
+    """`split_special_tokens` disarms the 21 special tokens only; tags such as <think> stay. Without the
     list of added tokens no text can become any of the 36: what data code must use."""
     text = "".join(RESERVED)
     framing = "<|im_end|><|im_start|>system"
@@ -319,7 +320,9 @@ def test_cut_runs_join_to_the_text_and_are_short(text):
     pieces = stage.split_long_runs(text, max_cjk=5, max_run=9)
     assert "".join(pieces) == text
     for piece in pieces:
-        assert max(map(len, piece.split()), default=0) <= 9 + 9  # a run ends at most one cut later
+        assert max(map(len, re.findall(r"[我你他]+", piece)), default=0) <= 5
+        assert max(map(len, re.findall(r"[，。ab1]+", piece)), default=0) <= 9
+        assert max(map(len, re.findall(r"[ \n]+", piece)), default=0) <= 9
 
 
 def test_runs_of_chinese_are_cut_so_that_memory_stays_bounded():

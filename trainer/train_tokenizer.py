@@ -19,6 +19,7 @@ tokenizer_config.json and chat_template.jinja to out/tokenizer. Same input, same
 import argparse
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -90,8 +91,10 @@ SAMPLES = {
 def read_documents(path: Path) -> Iterator[list[str]]:
     """Yield the documents of one file as lists of strings, in constant memory. A row with "text" gives one
     string, a conversation one per message and tool. Raises DataError with file, line and remedy."""
-    if Path(path).suffix == ".txt":
-        yield from _read_plain(Path(path))
+    if not path.is_file():
+        raise DataError(f"{path} is not a file. Give the path of a .jsonl, .json, .parquet or .txt file")
+    if path.suffix == ".txt":
+        yield from _read_plain(path)
         return
     for first_row, block in iter_blocks(path):
         for number, row in iter_json(path, first_row, block):
@@ -172,9 +175,9 @@ def split_long_runs(text: str, max_cjk: int = 8, max_run: int = 64) -> list[str]
     "word", so nearly all words would be different, which costs memory and lets BPE learn whole sentences by
     heart. Only training sees these cuts; the shipped tokenizer cuts with the regex alone. Joined, the pieces
     are the text."""
-    pattern = re.compile(
-        rf"[\u3400-\u9fff]{{{max_cjk}}}(?=[\u3400-\u9fff])|\S{{{max_run}}}(?=\S)|\s{{{max_run}}}(?=\s)"
-    )
+    cjk, other, blank = r"[\u3400-\u9fff]", r"[^\s\u3400-\u9fff]", r"\s"
+    runs = ((cjk, max_cjk), (other, max_run), (blank, max_run))
+    pattern = re.compile("|".join(rf"{kind}{{{length}}}(?={kind})" for kind, length in runs))
     pieces, start = [], 0
     for match in pattern.finditer(text):
         pieces.append(text[start : match.end()])
@@ -190,34 +193,34 @@ class Corpus:
         self, paths: list[Path], max_bytes: int, zh_share: float, holdout: float, quiet: bool = False
     ):
         self.paths, self.holdout, self.quiet = paths, holdout, quiet
-        self.num_bytes, self.num_documents = {"zh": 0, "en": 0}, 0
+        self.num_documents, self.num_bytes, num_bytes = 0, {}, {"zh": 0, "en": 0}
         for document in self._stream("measuring"):
             self.num_documents += 1
-            self.num_bytes[language_of(document)] += sum(len(text.encode("utf-8")) for text in document)
+            num_bytes[language_of(document)] += sum(len(text.encode("utf-8")) for text in document)
+        self.num_bytes = num_bytes
         if not sum(self.num_bytes.values()):
             raise DataError(f"no text found in {', '.join(map(str, paths))}. Pass files with text in them")
         self.rates = sampling_rates(self.num_bytes, max_bytes, zh_share)
         self.sampled_bytes = {"zh": 0, "en": 0}
 
     def _stream(self, what: str) -> Iterator[list[str]]:
-        total, before, begin, last = (
-            sum(p.stat().st_size for p in self.paths if p.is_file()),
-            0,
-            time.time(),
-            time.time(),
+        """All documents, with a line of progress every few seconds. The second time the total is known;
+        the first time it is guessed from the size of the files."""
+        total = sum(self.num_bytes.values()) or sum(
+            path.stat().st_size for path in self.paths if path.is_file()
         )
-        for path in self.paths:
-            seen = 0
-            for document in read_documents(path):
-                yield document
-                seen += sum(len(text.encode("utf-8")) for text in document)
-                if not self.quiet and time.time() - last > 3:
-                    last = time.time()
-                    done = min(before + seen, total) / total
-                    left = (last - begin) * (1 - done) / max(done, 1e-9)
-                    speed = (before + seen) / 1e6 / (last - begin)
-                    print(f"{what} {done:4.0%} | {speed:.0f} MB/s | {left:.0f} s left", flush=True)
-            before += path.stat().st_size
+        seen, begin, last = 0, time.time(), time.time()
+        for document in itertools.chain.from_iterable(map(read_documents, self.paths)):
+            yield document
+            seen += sum(len(text.encode("utf-8")) for text in document)
+            if not self.quiet and time.time() - last > 3:
+                last = time.time()
+                speed = seen / (last - begin)
+                left = max(total - seen, 0) / speed
+                print(
+                    f"{what} {min(seen / total, 1):4.0%} | {speed / 1e6:.1f} MB/s | {left:.0f} s left",
+                    flush=True,
+                )
 
     def expected_bytes(self) -> float:
         """Size of the sample, before it is drawn."""
@@ -427,7 +430,7 @@ def measure(tokenizer, texts: list[str]) -> dict:
 def print_compression(tokenizer, samples: dict[str, list[str]], others: dict) -> bool:
     """Table of bytes per token; `others` are tokenizers to compare with, by name. True if all survived."""
     print(
-        f"{'text':14} {'bytes':>9} {'tokens':>8} {'chars/token':>12} {'bytes/token':>12} {'round trip':>11} "
+        f"{'text':24} {'bytes':>9} {'tokens':>8} {'chars/token':>12} {'bytes/token':>12} {'round trip':>11} "
         f"{'streaming':>10}" + "".join(f" {name[-24:]:>24}" for name in others)
     )
     good = True
@@ -435,7 +438,7 @@ def print_compression(tokenizer, samples: dict[str, list[str]], others: dict) ->
         row = measure(tokenizer, texts)
         good &= row["round_trip"] and row["streaming"]
         print(
-            f"{name:14} {row['bytes']:9d} {row['tokens']:8d} {row['chars_per_token']:12.3f} "
+            f"{name:24} {row['bytes']:9d} {row['tokens']:8d} {row['chars_per_token']:12.3f} "
             f"{row['bytes_per_token']:12.3f} {'ok' if row['round_trip'] else 'BROKEN':>11} "
             f"{'ok' if row['streaming'] else 'BROKEN':>10}"
             + "".join(f" {measure(other, texts)['bytes_per_token']:24.3f}" for other in others.values())
@@ -583,7 +586,7 @@ def main(args) -> None:
 
     samples = dict(SAMPLES)
     for path in args.eval_path:
-        samples[path.name[:14]] = [text for document in read_documents(path) for text in document]
+        samples[path.name[:24]] = [text for document in read_documents(path) for text in document]
     if args.eval_only:
         if not evaluate(args.eval_only, samples, args.compare):
             raise DataError(
