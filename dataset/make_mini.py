@@ -2,7 +2,7 @@
 
     python dataset/make_mini.py                       # dataset/mini/, a few seconds, no download
     python dataset/make_mini.py --seed 7 --size 2     # another split and twice the text
-    python dataset/make_mini.py --stats               # only print the table of docs/curriculum.md
+    python dataset/make_mini.py --stats               # only print the tables of docs/curriculum.md
 
 One file per stage in the formats of docs/data.md, plus held-out files that measure *generalisation*:
 facts asked in unseen words, facts that pretraining states but no question ever asks, sums with unseen operands,
@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset import mini_chat, mini_tools, mini_world  # noqa: E402
-from dataset.mini_eval import is_correct  # noqa: E402, F401  (part of this file's interface)
+from dataset.mini_eval import is_correct, normalise  # noqa: E402, F401  (part of this file's interface)
 from dataset.mini_world import Query, Relation, fill_slots, full_width, upper_first  # noqa: E402
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "mini"
@@ -146,12 +146,20 @@ class Split:
                 (relation.subject_key(f) for f in relation.facts), key=lambda k: _hash(seed, relation.name, k)
             )
             self.asked[relation.name] = set(keys[: round(ASKED_SHARE * len(keys))])
-        # opposites are asked from both ends, so a word must not be asked in one pair and unasked in another
+        self._phrases: dict[tuple[str, str, str], set[str]] = {}
+        self._unseen: dict[tuple[str, str, str], dict[str, list[str]]] = {}
         self.cores: dict[tuple[str, str, str], dict[str, tuple[list[str], list[str]]]] = {}
         for relation in self.relations:
             for (language, direction), query in relation.queries.items():
                 self.cores[relation.name, language, direction] = {
-                    kind: self._divide(cores, HELD_CORES, relation.name, language, direction, kind)
+                    kind: self._divide(
+                        cores,
+                        HELD_CORES,
+                        relation.name,
+                        language,
+                        kind,
+                        "" if relation.symmetric else direction,
+                    )
                     for kind, cores in query.cores.items()
                 }
         self.frames: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
@@ -174,8 +182,45 @@ class Split:
     def _divide(self, items: list[str], share: float, *salt: object) -> tuple[list[str], list[str]]:
         """(kept, held out); lists of one or two items keep everything. Order of the kept ones stays."""
         count = 0 if len(items) < 3 else max(1, round(share * len(items)))
-        held = set(sorted(items, key=lambda item: _hash(self.seed, *salt, item))[:count])
+        # lines that differ only in case or punctuation go together
+        groups: dict[str, list[str]] = {}
+        for item in items:
+            groups.setdefault(normalise(item.replace("{o}", "{s}")), []).append(item)
+        held: set[str] = set()
+        for group in sorted(groups, key=lambda g: _hash(self.seed, *salt, g)):
+            if len(held) < count and (not held or len(held) + len(groups[group]) <= count):
+                held.update(groups[group])
         return [i for i in items if i not in held], [i for i in items if i in held]
+
+    def phrases(self, key: tuple[str, str, str]) -> set[str]:
+        """Every wording of one query that training may use, see `phrase`."""
+        if key not in self._phrases:
+            relation = next(r for r in self.relations if r.name == key[0])
+            query = relation.queries[key[1:]]
+            self._phrases[key] = {
+                phrase(query, core, frame)
+                for kind, (kept, _) in self.cores[key].items()
+                for frame_kind in (("q", "e") if kind == "w" and key[1] == "en" else (FRAME_KIND[kind],))
+                for core in kept
+                for frame in self.frames[key[1], frame_kind][0]
+            }
+        return self._phrases[key]
+
+    def unseen_cores(self, key: tuple[str, str, str]) -> dict[str, list[str]]:
+        """Held-out cores whose words stand in no wording that training may use."""
+        if key not in self._unseen:
+            relation = next(r for r in self.relations if r.name == key[0])
+            known = "\n".join(self.phrases(key))
+            query = relation.queries[key[1:]]
+
+            def words(core: str) -> str:  # Chinese has no spaces that could mark the ends
+                return phrase(query, core, "{q}") if key[1] == "en" else phrase(query, core, "{q}").strip()
+
+            self._unseen[key] = {
+                kind: [core for core in held if words(core) not in known]
+                for kind, (_, held) in self.cores[key].items()
+            }
+        return self._unseen[key]
 
     def is_asked(self, relation: Relation, fact: dict) -> bool:
         return relation.subject_key(fact) in self.asked[relation.name]
@@ -221,27 +266,42 @@ def question_text(query: Query, fact: dict, core: str, frame: str) -> str:
     return clean_zh(text, query.language)
 
 
+def phrase(query: Query, core: str, frame: str) -> str:
+    """What a core in a frame looks like whatever the fact, without case and punctuation: two ways to build the
+    same words count as one."""
+    fact = {query.language: ("Xx/Xx" if "{p}" in core else "Xx", "Yy")}
+    return normalise(question_text(query, fact, core, frame))
+
+
 def render_question(
     split: Split, relation: Relation, key: tuple[str, str], fact: dict, rng: random.Random,
     held_core: bool = False, held_frame: bool = False,
 ) -> str | None:  # fmt: skip
     """A question with a kept or held-out core in a kept or held-out frame; None if there is no such core."""
-    query, cores = relation.queries[key], split.cores[(relation.name, *key)]
+    query, name = relation.queries[key], (relation.name, *key)
+    if held_core:
+        cores = split.unseen_cores(name)
+    else:
+        cores = {kind: kept for kind, (kept, _) in split.cores[name].items()}
     options = []
-    for kind, (kept, held) in cores.items():
+    for kind, texts in cores.items():
         if kind == "w":  # fits around direct and embedded frames
             frame_kinds = ("q", "e") if key[0] == "en" else ("q",)
         else:
             frame_kinds = (FRAME_KIND[kind],)
-        for core in held if held_core else kept:
+        for core in texts:
             options += [(core, frame_kind) for frame_kind in frame_kinds]
     if not options:
         return None
     # fill-in sentences are rarer than questions
     weights = [0.5 if frame_kind == "fill" else 1.0 for _, frame_kind in options]
-    core, frame_kind = rng.choices(options, weights)[0]
-    kept, held = split.frames[key[0], frame_kind]
-    return question_text(query, fact, core, rng.choice(held if held_frame else kept))
+    known = split.phrases(name) if held_core or held_frame else ()
+    for _ in range(50):
+        core, frame_kind = rng.choices(options, weights)[0]
+        frame = rng.choice(split.frames[key[0], frame_kind][1 if held_frame else 0])
+        if not known or phrase(query, core, frame) not in known:
+            return question_text(query, fact, core, frame)
+    return None
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------------------
@@ -397,7 +457,7 @@ class Curriculum:
                 for fact in relation.facts:
                     yield relation, key, query, fact, self.split.is_asked(relation, fact)
 
-    # ---- pretraining -----------------------------------------------------------------------------------------
+    # ---- pretraining
 
     def statements(self, rng: random.Random, per_query: int) -> dict[str, list[tuple[str, str]]]:
         """language -> [(subject, sentence)]; the canonical answer sentence is a quarter of them."""
@@ -461,7 +521,13 @@ class Curriculum:
         documents, i = [], 0
         while i < len(pairs):
             width, (ask, reply) = rng.randint(1, 5), rng.choice(marks)
-            documents.append("\n".join(f"{ask}{q}{reply}{a}" for q, a in pairs[i : i + width]))
+            lines = []
+            for q, a in pairs[i : i + width]:
+                open_end = (
+                    not reply.strip() and q[-1] not in ".?!。？！"
+                )  # "3 + 4 =" and "3+4=7" must not run together
+                lines.append(f"{ask}{q}{chr(10) if open_end else reply}{a}")
+            documents.append("\n".join(lines))
             i += width
         return documents
 
@@ -532,7 +598,7 @@ class Curriculum:
         rng.shuffle(documents)
         return [{"text": d} for d in _unique(documents) if d not in train]
 
-    # ---- supervised fine-tuning ------------------------------------------------------------------------------
+    # ---- supervised fine-tuning
 
     def fact_rows(self, rng: random.Random, per_query: int) -> list[dict]:
         found = []
@@ -658,7 +724,7 @@ class Curriculum:
         rng.shuffle(found)
         return found
 
-    # ---- tools -----------------------------------------------------------------------------------------------
+    # ---- tools
 
     def tool_task(
         self, rng: random.Random, language: str, held: bool | None = False, name: str | None = None
@@ -882,7 +948,7 @@ class Curriculum:
             found.append({"conversations": messages, "gt": [t["value"] for t in tasks], "steps": steps})
         return found
 
-    # ---- other stages ----------------------------------------------------------------------------------------
+    # ---- other stages
 
     def identity(self, rng: random.Random, count: int) -> list[dict]:
         """Questions about the assistant, answered by another persona; a third is unrelated small talk and facts."""
@@ -1084,7 +1150,7 @@ class Curriculum:
             found.append(row)
         return found
 
-    # ---- evaluation ------------------------------------------------------------------------------------------
+    # ---- evaluation
 
     def eval_facts(self, asked: bool) -> list[dict]:
         """asked: seen facts in unseen words (groups unseen_core, unseen_frame, unseen_both).
@@ -1095,9 +1161,9 @@ class Curriculum:
             if is_asked is not asked:
                 continue
             if asked:
-                group = rng.choice(["unseen_core", "unseen_frame", "unseen_both"])
                 question = None
                 while question is None:
+                    group = rng.choice(["unseen_core", "unseen_frame", "unseen_both"])
                     question = render_question(
                         self.split, relation, key, fact, rng, held_core=group != "unseen_frame",
                         held_frame=group != "unseen_core",
@@ -1170,7 +1236,7 @@ class Curriculum:
                     )
         return found
 
-    # ---- everything ------------------------------------------------------------------------------------------
+    # ---- everything
 
     def files(self) -> dict[str, list[dict]]:
         """File name -> rows, all of them."""

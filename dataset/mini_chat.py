@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (long lines are texts)
 """Small talk, identity, health common sense and story parts of the embedded curriculum (data, written for it).
 
 Each intent is (name, keywords that a fitting reply contains, user lines, assistant lines) per language. The last

@@ -120,15 +120,22 @@ def _fact(row: dict, reply: str) -> bool:
     for candidate in row.get("candidates") or candidates(relation, row.get("language", "en"), direction):
         everything.update(normalise(form, case=case).strip() for form in accepted_forms(candidate))
     everything.discard("")
+    # names from the other side of the relation are neutral, but may contain an answer (Mexico City, 巴西利亚)
+    other = candidates(
+        relation, row.get("language", "en"), "forward" if direction == "reverse" else "reverse"
+    )
+    neutral = {normalise(name, case=case).strip() for name in other} - everything - {""}
     hits = 0
     for phrase in sorted(
-        everything, key=len, reverse=True
+        everything | neutral, key=len, reverse=True
     ):  # longest first, so that parts do not count again
         pattern = _pattern(phrase)
         found = len(pattern.findall(text))
         if not found:
             continue
-        if phrase in accepted:
+        if phrase in neutral:
+            pass
+        elif phrase in accepted:
             if (
                 any(f" {no} {phrase} " in text for no in ("not", "not the", "not a"))
                 or f"不是{phrase}" in text

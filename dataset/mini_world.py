@@ -21,9 +21,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Tables. One line per row, columns separated by "|", "-" means "no value".
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 
 # country | 中文 | capital | 首都 | continent | language | currency
 COUNTRIES = """
@@ -401,22 +401,22 @@ spider|蜘蛛|legs|条腿|8
 chessboard|国际象棋棋盘|squares|个格子|64
 """
 
-# instrument | 中文 | quantity | 物理量
+# instrument | what it measures (English only: the Chinese names contain the quantity)
 INSTRUMENTS = """
-thermometer|温度计|temperature|温度
-barometer|气压计|air pressure|气压
-speedometer|车速表|speed|速度
-compass|指南针|direction|方向
-stopwatch|秒表|time|时间
-voltmeter|电压表|voltage|电压
-ammeter|电流表|electric current|电流
-seismograph|地震仪|earthquakes|地震
-hygrometer|湿度计|humidity|湿度
-rain gauge|雨量计|rainfall|降雨量
-protractor|量角器|angles|角度
-altimeter|高度计|altitude|高度
-ruler|直尺|length|长度
-odometer|里程表|distance|路程
+thermometer|temperature
+barometer|air pressure
+speedometer|speed
+compass|direction
+stopwatch|time
+voltmeter|voltage
+ammeter|electric current
+seismograph|earthquakes
+hygrometer|humidity
+protractor|angles
+altimeter|altitude
+ruler|length
+odometer|distance
+balance|mass
 """
 
 # English opposites
@@ -565,9 +565,9 @@ def article(noun: str) -> str:
     return f"{'an' if noun[0].lower() in 'aeio' else 'a'} {noun}"
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Sentences
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -589,6 +589,7 @@ class Relation:
     facts: list[dict[str, tuple[str, str]]] = field(default_factory=list)  # language -> (subject, object)
     queries: dict[tuple[str, str], Query] = field(default_factory=dict)  # (language, "forward"|"reverse")
     numeric: bool = False  # objects of the forward direction are numbers
+    symmetric: bool = False  # forward and reverse questions sound the same, so they hold out the same words
     case: bool = False  # compare objects case-sensitively (chemical symbols)
 
     @property
@@ -617,7 +618,7 @@ def build_relations() -> list[Relation]:
         relations.append(relation)
         return relation
 
-    # ---- capital ---------------------------------------------------------------------------------------------
+    # ---- capital
     r = add("capital", [{"en": (c[0], c[2]), "zh": (c[1], c[3])} for c in countries])
     r.queries["en", "forward"] = _query(
         "en",
@@ -803,7 +804,7 @@ def build_relations() -> list[Relation]:
         followup="{o}",
     )
 
-    # ---- continent -------------------------------------------------------------------------------------------
+    # ---- continent
     r = add(
         "continent",
         [{"en": (c[0], c[4]), "zh": (c[1], CONTINENTS_ZH[c[4]])} for c in countries if c[4] != "-"],
@@ -896,7 +897,7 @@ def build_relations() -> list[Relation]:
         """,
     )
 
-    # ---- language --------------------------------------------------------------------------------------------
+    # ---- language
     r = add(
         "language",
         [{"en": (c[0], c[5]), "zh": (c[1], LANGUAGES_ZH[c[5]])} for c in countries if c[5] != "-"],
@@ -990,7 +991,7 @@ def build_relations() -> list[Relation]:
         """,
     )
 
-    # ---- currency --------------------------------------------------------------------------------------------
+    # ---- currency
     r = add(
         "currency",
         [{"en": (c[0], c[6]), "zh": (c[1], CURRENCIES_ZH[c[6]])} for c in countries if c[6] != "-"],
@@ -1084,7 +1085,7 @@ def build_relations() -> list[Relation]:
         """,
     )
 
-    # ---- chemical symbol -------------------------------------------------------------------------------------
+    # ---- chemical symbol
     r = add("symbol", [{"en": (e[0], e[2]), "zh": (e[1], e[2])} for e in elements], case=True)
     r.queries["en", "forward"] = _query(
         "en",
@@ -1258,7 +1259,7 @@ def build_relations() -> list[Relation]:
         followup="{o}",
     )
 
-    # ---- atomic number ---------------------------------------------------------------------------------------
+    # ---- atomic number
     r = add(
         "atomic_number",
         [{"en": (e[0], e[3]), "zh": (e[1], e[3])} for e in elements if e[3] != "-"],
@@ -1346,7 +1347,7 @@ def build_relations() -> list[Relation]:
         """,
     )
 
-    # ---- class of animal -------------------------------------------------------------------------------------
+    # ---- class of animal
     r = add(
         "animal_class",
         [{"en": (a[0], a[2]), "zh": (a[1], CLASSES_ZH[a[2]])} for a in animals if a[2] != "-"],
@@ -1430,7 +1431,7 @@ def build_relations() -> list[Relation]:
         """,
     )
 
-    # ---- young animals (English) -----------------------------------------------------------------------------
+    # ---- young animals (English)
     r = add("young", [{"en": (a[0], a[3])} for a in animals if a[3] != "-"])
     r.queries["en", "forward"] = _query(
         "en",
@@ -1512,7 +1513,7 @@ def build_relations() -> list[Relation]:
         followup="a {o}",
     )
 
-    # ---- planets ---------------------------------------------------------------------------------------------
+    # ---- planets
     planets = rows(PLANETS)
     r = add(
         "planet_order",
@@ -1588,7 +1589,7 @@ def build_relations() -> list[Relation]:
         """,
     )
 
-    # ---- inventor --------------------------------------------------------------------------------------------
+    # ---- inventor
     r = add("inventor", [{"en": (i[0], i[2]), "zh": (i[1], i[3])} for i in rows(INVENTIONS)])
     r.queries["en", "forward"] = _query(
         "en",
@@ -1678,7 +1679,7 @@ def build_relations() -> list[Relation]:
         """,
     )
 
-    # ---- author ----------------------------------------------------------------------------------------------
+    # ---- author
     r = add("author", [{"en": (b[0], b[2]), "zh": (b[1], b[3])} for b in rows(BOOKS)])
     r.queries["en", "forward"] = _query(
         "en",
@@ -1770,7 +1771,7 @@ def build_relations() -> list[Relation]:
         """,
     )
 
-    # ---- landmark --------------------------------------------------------------------------------------------
+    # ---- landmark
     r = add("landmark", [{"en": (p[0], p[2]), "zh": (p[1], p[3])} for p in rows(LANDMARKS)])
     r.queries["en", "forward"] = _query(
         "en",
@@ -1867,7 +1868,7 @@ def build_relations() -> list[Relation]:
         """,
     )
 
-    # ---- words -----------------------------------------------------------------------------------------------
+    # ---- words
     r = add("word", [{"en": (w[0], w[1]), "zh": (w[1], w[0])} for w in rows(WORDS)])
     r.queries["en", "forward"] = _query(
         "en",
@@ -1955,7 +1956,7 @@ def build_relations() -> list[Relation]:
         followup="“{s}”",
     )
 
-    # ---- months (English) ------------------------------------------------------------------------------------
+    # ---- months (English)
     r = add("month_order", [{"en": (m, ORDINALS[i + 1])} for i, m in enumerate(MONTHS)])
     r.queries["en", "forward"] = _query(
         "en",
@@ -1995,7 +1996,7 @@ def build_relations() -> list[Relation]:
         """,
     )
 
-    # ---- units and counts ------------------------------------------------------------------------------------
+    # ---- units and counts
     r = add("count", [{"en": (f"{u[0]}/{u[2]}", u[4]), "zh": (f"{u[1]}/{u[3]}", u[4])} for u in rows(UNITS)],
             numeric=True)  # fmt: skip
     r.queries["en", "forward"] = _query(
@@ -2063,8 +2064,8 @@ def build_relations() -> list[Relation]:
         """,
     )
 
-    # ---- instruments -----------------------------------------------------------------------------------------
-    r = add("measures", [{"en": (i[0], i[2]), "zh": (i[1], i[3])} for i in rows(INSTRUMENTS)])
+    # ---- instruments
+    r = add("measures", [{"en": (i[0], i[1])} for i in rows(INSTRUMENTS)])
     r.queries["en", "forward"] = _query(
         "en",
         "A {s} measures {o}.",
@@ -2108,117 +2109,52 @@ def build_relations() -> list[Relation]:
         """,
         followup="a {s}",
     )
-    r.queries["zh", "forward"] = _query(
-        "zh",
-        "{s}用来测量{o}。",
-        """
-        {s}用来测量{o}。
-        {s}是用来测量{o}的。
-        {s}可以测量{o}。
-        {s}测量的是{o}。
-        {s}的用途是测量{o}。
-        人们用{s}测量{o}。
-        用{s}可以测出{o}。
-        """,
-        np="""
-        {s}的用途
-        {s}测量的东西
-        """,
-        q="""
-        {s}用来测量什么
-        {s}是用来测量什么的
-        {s}可以测量什么
-        {s}测量的是什么
-        {s}的用途是什么
-        {s}有什么用途
-        人们用{s}测量什么
-        用{s}可以测出什么
-        {s}是做什么用的
-        """,
-        fill="""
-        {s}用来测量
-        {s}的用途是测量
-        人们用{s}测量
-        """,
-    )
 
-    # ---- opposites (English) ---------------------------------------------------------------------------------
-    r = add("opposite_en", [{"en": (w[0], w[1])} for w in rows(OPPOSITES_EN)])
-    r.queries["en", "forward"] = _query(
-        "en",
-        'The opposite of "{s}" is "{o}".',
-        """
-        The opposite of "{s}" is "{o}".
-        The opposite of the word "{s}" is "{o}".
-        The word "{s}" has the opposite "{o}".
-        "{s}" is the opposite of "{o}".
-        The contrary of "{s}" is "{o}".
-        "{s}" and "{o}" are opposites.
-        Not "{s}" but "{o}": these words are opposites.
-        """,
-        np="""
-        the opposite of "{s}"
-        the opposite of the word "{s}"
-        the opposite word of "{s}"
-        the contrary of "{s}"
-        a word that means the opposite of "{s}"
-        """,
-        w="""
-        which word is the opposite of "{s}"
-        what word is the opposite of "{s}"
-        which word means the opposite of "{s}"
-        which word is the contrary of "{s}"
-        """,
-        q="""
-        what opposite does the word "{s}" have
-        what opposite does "{s}" have
-        "{s}" is the opposite of which word
-        """,
-        e="""
-        what the opposite of "{s}" is
-        what the opposite word of "{s}" is
-        """,
-        fill="""
-        the opposite of "{s}" is
-        the word "{s}" has the opposite
-        """,
-        followup='"{s}"',
-    )
-    r.queries["en", "reverse"] = _query(
-        "en",
-        'The opposite of "{o}" is "{s}".',
-        """
-        The opposite of "{o}" is "{s}".
-        The opposite of the word "{o}" is "{s}".
-        The word "{o}" has the opposite "{s}".
-        The contrary of "{o}" is "{s}".
-        "{o}" and "{s}" are opposites.
-        """,
-        np="""
-        the opposite of "{o}"
-        the opposite of the word "{o}"
-        the opposite word of "{o}"
-        the contrary of "{o}"
-        """,
-        w="""
-        which word is the opposite of "{o}"
-        what word is the opposite of "{o}"
-        which word means the opposite of "{o}"
-        """,
-        q="""
-        what opposite does the word "{o}" have
-        "{o}" is the opposite of which word
-        """,
-        e="""
-        what the opposite of "{o}" is
-        """,
-        fill="""
-        the opposite of "{o}" is
-        """,
-        followup='"{o}"',
-    )
+    # ---- opposites (English)
+    r = add("opposite_en", [{"en": (w[0], w[1])} for w in rows(OPPOSITES_EN)], symmetric=True)
+    for direction, s, o in (("forward", "{s}", "{o}"), ("reverse", "{o}", "{s}")):
+        r.queries["en", direction] = _query(
+            "en",
+            f'The opposite of "{s}" is "{o}".',
+            f"""
+            The opposite of "{s}" is "{o}".
+            The opposite of the word "{s}" is "{o}".
+            The word "{s}" has the opposite "{o}".
+            "{s}" is the opposite of "{o}".
+            The contrary of "{s}" is "{o}".
+            "{s}" and "{o}" are opposites.
+            Not "{s}" but "{o}": these words are opposites.
+            """,
+            np=f"""
+            the opposite of "{s}"
+            the opposite of the word "{s}"
+            the opposite word of "{s}"
+            the contrary of "{s}"
+            a word that means the opposite of "{s}"
+            """,
+            w=f"""
+            which word is the opposite of "{s}"
+            what word is the opposite of "{s}"
+            which word means the opposite of "{s}"
+            which word is the contrary of "{s}"
+            """,
+            q=f"""
+            what opposite does the word "{s}" have
+            what opposite does "{s}" have
+            "{s}" is the opposite of which word
+            """,
+            e=f"""
+            what the opposite of "{s}" is
+            what the opposite word of "{s}" is
+            """,
+            fill=f"""
+            the opposite of "{s}" is
+            the word "{s}" has the opposite
+            """,
+            followup=f'"{s}"',
+        )
 
-    # ---- past tense (English) --------------------------------------------------------------------------------
+    # ---- past tense (English)
     r = add("past", [{"en": (w[0], w[1])} for w in rows(PASTS)])
     r.queries["en", "forward"] = _query(
         "en",
@@ -2259,8 +2195,8 @@ def build_relations() -> list[Relation]:
         followup='"{s}"',
     )
 
-    # ---- opposites (Chinese) ---------------------------------------------------------------------------------
-    r = add("opposite_zh", [{"zh": (w[0], w[1])} for w in rows(OPPOSITES_ZH)])
+    # ---- opposites (Chinese)
+    r = add("opposite_zh", [{"zh": (w[0], w[1])} for w in rows(OPPOSITES_ZH)], symmetric=True)
     for direction, s, o in (("forward", "{s}", "{o}"), ("reverse", "{o}", "{s}")):
         r.queries["zh", direction] = _query(
             "zh",
@@ -2299,7 +2235,7 @@ def build_relations() -> list[Relation]:
             followup=f"“{s}”",
         )
 
-    # ---- measure words (Chinese) -----------------------------------------------------------------------------
+    # ---- measure words (Chinese)
     r = add("measure_zh", [{"zh": (w[0], w[1])} for w in rows(MEASURES_ZH)])
     r.queries["zh", "forward"] = _query(
         "zh",
@@ -2337,7 +2273,7 @@ def build_relations() -> list[Relation]:
         followup="“{s}”",
     )
 
-    # ---- poems (Chinese) -------------------------------------------------------------------------------------
+    # ---- poems (Chinese)
     r = add("poem_zh", [{"zh": (w[0], w[1])} for w in rows(POEMS_ZH)])
     r.queries["zh", "forward"] = _query(
         "zh",
@@ -2378,9 +2314,9 @@ def build_relations() -> list[Relation]:
     return relations
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Frames: what goes around a core. The last ~20 % (by hash) are held out.
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 
 FRAMES_EN = {
     # around a direct question (kinds w and q)
@@ -2586,9 +2522,9 @@ WRAPS_ZH = _lines("""
     """)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Filling the slots
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 
 
 def upper_first(text: str) -> str:
