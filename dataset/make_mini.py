@@ -5,8 +5,9 @@
     python dataset/make_mini.py --stats               # only print the tables of docs/curriculum.md
 
 One file per stage in the formats of docs/data.md, plus held-out files that measure *generalisation*:
-facts asked in unseen words, facts that pretraining states but no question ever asks, sums with unseen operands,
-unseen tool arguments. Everything is a pure function of (--seed, --size); `manifest.json` records the split.
+facts asked in unseen words, facts that pretraining states but no question ever asks, sums with unseen
+operands, unseen tool arguments. Everything is a pure function of (--seed, --size); `manifest.json` records
+the split.
 Standard library only. Tables and sentences: mini_world.py, mini_chat.py; tools: mini_tools.py; scoring:
 mini_eval.py (`is_correct`).
 """
@@ -267,8 +268,8 @@ def question_text(query: Query, fact: dict, core: str, frame: str) -> str:
 
 
 def phrase(query: Query, core: str, frame: str) -> str:
-    """What a core in a frame looks like whatever the fact, without case and punctuation: two ways to build the
-    same words count as one."""
+    """What a core in a frame looks like whatever the fact, without case and punctuation: two ways to build
+    the same words count as one."""
     fact = {query.language: ("Xx/Xx" if "{p}" in core else "Xx", "Yy")}
     return normalise(question_text(query, fact, core, frame))
 
@@ -304,7 +305,7 @@ def render_question(
     return None
 
 
-# ---- arithmetic ----------------------------------------------------------------------------------------------
+# ---- arithmetic ------------------------------------------------------------------------------------------
 
 
 def column_steps(a: int, b: int, sign: str = "+") -> str:
@@ -349,10 +350,12 @@ OTHER_QUESTIONS = {
     "sub": {
         "en": ["{a} - {b} = ?", "What is {a} minus {b}?", "Subtract {b} from {a}.", "What is {a} - {b}?",
                "How much is {a} minus {b}?", "Calculate {a} - {b}."],
-        "zh": ["{a} - {b} = ?", "{a}减{b}等于多少?", "{a}-{b}等于多少?", "计算{a}-{b}。", "请问{a}减去{b}是多少?"],
+        "zh": ["{a} - {b} = ?", "{a}减{b}等于多少?", "{a}-{b}等于多少?", "计算{a}-{b}。",
+               "请问{a}减去{b}是多少?"],
     },
     "compare": {
-        "en": ["Which is larger, {a} or {b}?", "Which number is bigger: {a} or {b}?", "What is the larger of {a} and {b}?"],
+        "en": ["Which is larger, {a} or {b}?", "Which number is bigger: {a} or {b}?",
+               "What is the larger of {a} and {b}?"],
         "zh": ["{a}和{b}哪个大?", "{a}与{b}哪个更大?", "{a}和{b}中较大的数是哪个?"],
     },
     "next": {
@@ -397,7 +400,7 @@ def other_math(split: Split, rng: random.Random, kind: str, language: str) -> tu
 def chain(
     split: Split, rng: random.Random, held: bool | None = None
 ) -> tuple[str, list[tuple[int, str, int]], int]:
-    """A three-operand + / - expression with all intermediate values in 0..99; (text, [(a, sign, b)...], value)."""
+    """A three-operand + / - expression, values in 0..99 at every step: (text, [(a, sign, b)...], value)."""
     while True:
         numbers = [rng.randint(1, 60) for _ in range(3)]
         signs = [rng.choice("+-") for _ in range(2)]
@@ -644,7 +647,7 @@ class Curriculum:
                 return relation, rng.choice(keys), rng.choice(facts)
 
     def multi_rows(self, rng: random.Random, count: int) -> list[dict]:
-        """Conversations of two to five exchanges: small talk, facts with follow-ups, sums, thanks, goodbye."""
+        """Conversations of several exchanges: small talk, facts with follow-ups, sums, thanks, goodbye."""
         found = []
         follow = {
             "en": ["And {s}?", "And what about {s}?", "What about {s}?", "How about {s}?", "And for {s}?"],
@@ -928,12 +931,12 @@ class Curriculum:
         return found
 
     def agent(self, rng: random.Random, count: int, held: bool) -> list[dict]:
-        """Tool problems for RL: system with tools, user, empty assistant turn, and the expected values `gt`."""
+        """Tool problems for RL: system with tools, user, empty assistant turn, and expected values `gt`."""
         found, seen = [], set()
         while len(found) < count:
             language = LANGUAGES[len(found) % 2]
             steps = rng.choice([1, 2, 2, 2])
-            # held-out rows need every argument unseen; small argument tables (cities, rates) are excluded there
+            # held-out rows need unseen arguments: tools with few possible arguments (cities) are left out
             names = ["calculate_math", "unit_converter", "random_number", "text_length", "day_of_week"]
             if not held:
                 names = list(mini_tools.TOOLS)
@@ -951,7 +954,7 @@ class Curriculum:
     # ---- other stages
 
     def identity(self, rng: random.Random, count: int) -> list[dict]:
-        """Questions about the assistant, answered by another persona; a third is unrelated small talk and facts."""
+        """Questions about the assistant, answered by another persona, and other talk that stays."""
         found = []
         for language in LANGUAGES:
             intents = {i["name"]: i for i in self.chat_intents(language)}
@@ -1091,7 +1094,7 @@ class Curriculum:
         return f"{text}{hero}现在有多少{thing}？"
 
     def preference(self, rng: random.Random, count: int, held: bool) -> list[dict]:
-        """Polite and correct against rude, lazy, repeated or wrong. Held-out pairs use other facts' questions."""
+        """Polite and correct against rude, lazy, repeated or wrong. Held-out pairs use other facts."""
         found = []
         while len(found) < count:
             language = LANGUAGES[len(found) % 2]
@@ -1157,7 +1160,7 @@ class Curriculum:
         not asked: facts that only pretraining states, asked in forms seen for other facts."""
         rng = self.rng(f"eval_facts_{asked}")
         found = []
-        for relation, key, query, fact, is_asked in self.queries():
+        for relation, key, _, fact, is_asked in self.queries():
             if is_asked is not asked:
                 continue
             if asked:
@@ -1188,8 +1191,8 @@ class Curriculum:
         return found
 
     def eval_sums(self) -> list[dict]:
-        """Unseen operand pairs: a quarter one digit + one digit (as far as there are), a quarter mixed, the rest
-        two digits; one row in five is asked in an unseen form."""
+        """Unseen operand pairs: up to 40 rows of two one-digit numbers, a quarter mixed, the rest two-digit;
+        one row in five is asked in an unseen form."""
         rng = self.rng("eval_sums")
         found, seen = [], set()
         limit = {"1+1": 40, "1+2": EVAL_SUMS // 4, "2+2": EVAL_SUMS}
@@ -1370,7 +1373,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:32s} {info['rows']:7d} rows {info['bytes'] / 1e6:7.2f} MB")
     total = sum(info["bytes"] for info in manifest["files"].values())
     print(
-        f"wrote {len(manifest['files'])} files, {total / 1e6:.1f} MB, to {args.out_dir} in {time.time() - start:.1f} s"
+        f"wrote {len(manifest['files'])} files, {total / 1e6:.1f} MB, to {args.out_dir} "
+        f"in {time.time() - start:.1f} s"
     )
 
 

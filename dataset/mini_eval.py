@@ -2,8 +2,8 @@
 
 A row is {"id", "kind", "question", "answers": [accepted strings], "language", "group", ...}. Kinds:
 
-    fact    the accepted answer must stand in the reply as a whole word or phrase, and no other candidate of the
-            same relation may be there (listing every capital is not knowing one)
+    fact    the accepted answer must stand in the reply as a whole word or phrase, and no other candidate of
+            the same relation may be there (listing every capital is not knowing one)
     number  every number in the reply must have a reason: part of the question, of an equation, or the answer;
             the last one must be the answer and no equation with the question's operands may say otherwise
     chat    one of the accepted keywords stands in the reply, which must be short and not one word repeated
@@ -83,7 +83,7 @@ def _is_cjk(text: str) -> bool:
 
 
 def _pattern(phrase: str) -> re.Pattern:
-    """Whole-phrase match in normalised text: no ASCII letter or digit may touch it; Chinese has no word borders."""
+    """Whole-phrase match in normalised text: no ASCII letter or digit may touch it (in Chinese: anything)."""
     body = re.escape(phrase.strip())
     if _is_cjk(phrase):
         return re.compile(body)
@@ -97,7 +97,7 @@ def _relations() -> dict:
 
 @lru_cache(maxsize=256)
 def candidates(relation: str, language: str, direction: str) -> tuple[str, ...]:
-    """Every possible answer of one relation in one language and direction (subjects when asked in reverse)."""
+    """Every possible answer of one relation, language and direction (subjects when asked in reverse)."""
     found = _relations().get(relation)
     if found is None:
         return ()

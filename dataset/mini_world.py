@@ -8,13 +8,13 @@ each language and direction, a *query*: question cores, statement sentences and 
 Cores come in kinds, because English word order depends on the frame around them:
 
     np    noun phrase                "the capital of {s}"            "What is {np}?", "Tell me {np}."
-    w     wh-clause, fits anywhere   "which city is the capital..."  "Which city ...?", "Do you know which ..."
+    w     wh-clause, fits anywhere   "which city is the capital"     "Which city ...?", "Tell me which ..."
     q     direct question only       "what does a {s} measure"       "What does ...?"
     e     embedded clause only       "what a {s} measures"           "Do you know what a ... measures?"
     fill  sentence without its end   "the capital of {s} is"         "Complete the sentence: ..."
 
-Chinese needs no q/e split: word order stays the same. `{s}` is the subject, `{o}` the object; `{as}` and `{ao}`
-add "a"/"an". Statements (`st`) end in the object where possible, reversed ones (`rst`) end in the subject.
+Chinese needs no q/e split: word order stays the same. `{s}` is the subject, `{o}` the object, `{as}` the
+subject with "a" or "an", `{p}` the part in counts. Statements end in what the query asks for where possible.
 """
 
 from __future__ import annotations
@@ -241,8 +241,8 @@ Saturn|土星|6
 Uranus|天王星|7
 Neptune|海王星|8
 """
-ORDINALS = ["zeroth", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth",
-            "eleventh", "twelfth"]  # fmt: skip
+ORDINALS = ["zeroth", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth",
+            "tenth", "eleventh", "twelfth"]  # fmt: skip
 DIGITS_ZH = ["零", "一", "二", "三", "四", "五", "六", "七", "八", "九", "十", "十一", "十二"]
 
 # invention or discovery | 中文 | person | 人物 | verb (invented / discovered)

@@ -1,4 +1,4 @@
-"""The embedded curriculum: deterministic, well-formed, true where it can be computed, and split without leaks."""
+"""The embedded curriculum: deterministic, well-formed, true where it can be computed, split without leaks."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def questions_of(files, names=None):
     return found
 
 
-# ---- files ---------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------
 
 
 def test_writes_the_same_bytes_twice_and_others_for_another_seed(tmp_path):
@@ -134,11 +134,11 @@ def test_languages_are_balanced(world):
         assert 0.3 < share(rows) < 0.75, (name, share(rows))
 
 
-# ---- nothing leaks -------------------------------------------------------------------------------------------
+# ---- nothing leaks ---------------------------------------------------------------------------------------
 
 
 def test_unasked_facts_are_stated_but_never_asked(world):
-    """Neither the subject nor the object of an unasked fact stands in any training question of its relation."""
+    """Pretraining says every unasked fact in its canonical sentence; no answer of any other stage does."""
     curriculum, files, _ = world
     rows = files["eval_facts_unasked.jsonl"]
     pretrain = "\n".join(row["text"] for row in files["pretrain.jsonl"])
@@ -151,7 +151,7 @@ def test_unasked_facts_are_stated_but_never_asked(world):
             for message in item.get("conversations", []) + item.get("chosen", []):
                 if message["role"] == "assistant" and name != "pretrain.jsonl":
                     answers.add(message["content"])
-    for relation, key, query, fact, asked in curriculum.queries():
+    for _, _, query, fact, asked in curriculum.queries():
         if not asked:
             sentence = mm.answer_text(query, fact)
             assert sentence in pretrain, sentence
@@ -186,13 +186,14 @@ def test_held_out_cores_and_frames_are_not_in_training(world):
 
 SPACED_SUM = re.compile(r"(?<![\d+*/-])(?<![+*/-] )(\d+) ?\+ ?(\d+)(?! ?[\d+*/-])(?=\s*=|\D|$)")
 WORDED_SUM = re.compile(
-    r"(?:add|sum of|add up) (\d+) and (\d+)|(\d+) plus (\d+)|(\d+)(?:加上|加|与|和)(\d+)(?:的和|等于|是多少|相加|。)"
+    r"(?:add|sum of|add up) (\d+) and (\d+)|(\d+) plus (\d+)"
+    r"|(\d+)(?:加上|加|与|和)(\d+)(?:的和|等于|是多少|相加|。)"
 )
 
 
 def test_held_out_sums_are_not_in_training(world):
-    """No problem text asks for a held-out pair in either order. (One-digit column steps such as "7+8=15" inside
-    longer sums are the building blocks and do occur.)"""
+    """No problem text asks for a held-out pair in either order. (One-digit column steps such as "7+8=15"
+    inside longer sums are the building blocks and do occur.)"""
     curriculum, files, _ = world
     held = curriculum.split.held_sum
     pairs = 0
@@ -256,7 +257,7 @@ def test_split_is_balanced():
     assert all(split.held_sum(a, b) == split.held_sum(b, a) for a in range(100) for b in range(100))
 
 
-# ---- what is said is true ------------------------------------------------------------------------------------
+# ---- what is said is true --------------------------------------------------------------------------------
 
 
 def test_equations_are_true(world):
