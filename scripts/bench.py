@@ -592,11 +592,17 @@ def bench_generate(args) -> dict:
         if not any(name.startswith(peer) for name in names):
             continue
         for b in args.batches:
-            best = {who: max((speed[n, b], n) for n in names if n.startswith(who)) for who in ("ours", peer)}
+            best = {
+                who: max((speed[n, b], n) for n in names if n.startswith(who) and "int8" not in n)
+                for who in ("ours", peer)
+            }
             ratio = best["ours"][0] / best[peer][0]
-            plain = speed["ours float32", b] / speed[f"{peer} float32", b]
-            result["ratios"][f"{peer} {b}"] = dict(best=ratio, float32=plain)
-            say(f"ours / {peer}, batch {b}: {ratio:.2f}x best against best, {plain:.2f}x in float32")
+            ratios = dict(best=ratio, float32=speed["ours float32", b] / speed[f"{peer} float32", b])
+            if "ours int8" in names:
+                ratios["int8"] = speed["ours int8", b] / best[peer][0]
+            result["ratios"][f"{peer} {b}"] = ratios
+            shown = ", ".join(f"{value:.2f}x {what}" for what, value in ratios.items())
+            say(f"ours / {peer}, batch {b}: {shown}")
             a, c = (f"{best[who][1]}: {best[who][0]:,.0f} tokens/s at batch {b}" for who in (peer, "ours"))
             result["rows"].append(ledger_row(args, a, c, f"{ratio:.2f}x", machine, note))
     return result

@@ -462,7 +462,7 @@ def job_describe(job: dict) -> dict:
     device = torch.device(job["device"])
     best = runtime.choose_dtype("auto", device)
     peaks = {}
-    for dtype in {torch.float32, best}:
+    for dtype in dict.fromkeys((torch.float32, best)):
         name = str(dtype).removeprefix("torch.")
         peaks[name] = runtime.peak_flops(runtime.Runtime(device, dtype, seed=0))
     if device.type == "cuda":
