@@ -26,17 +26,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import mini_chat, mini_tools, mini_world  # noqa: E402
-from dataset.mini_eval import is_correct, normalise  # noqa: E402, F401  (part of this file's interface)
-from dataset.mini_world import Query, Relation, fill_slots, full_width, upper_first  # noqa: E402
+from dataset import mini_chat, mini_tasks, mini_tools, mini_world
+from dataset.mini_eval import is_correct  # noqa: F401  (part of this file's interface)
+from dataset.mini_math import (
+    OTHER_QUESTIONS,
+    chain,
+    draw_sum,
+    other_math,
+    sum_answer,
+    word_problem,
+)
+from dataset.mini_split import (
+    LANGUAGES,
+    Split,
+    answer_text,
+    conversation,
+    hash_of,
+    render_question,
+    statement,
+    unique,
+)
+from dataset.mini_world import Query, Relation, clean_zh, fill_slots, upper_first
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "mini"
-ASKED_SHARE = 0.68  # share of each relation's facts that SFT (and question text in pretraining) asks about
-HELD_CORES = 0.2  # share of question cores that no training file contains
-HELD_FRAMES = 0.2
-HELD_SUMS = 0.13  # share of operand pairs {a, b} that no training file asks for
-LANGUAGES = ("en", "zh")
-FRAME_KIND = {"np": "np", "q": "q", "w": "q", "e": "e", "fill": "fill"}
 
 # how much of what, at --size 1
 COUNTS = {
@@ -60,362 +72,6 @@ COUNTS = {
     "agent": 1000,
 }
 EVAL_SUMS = 600
-EVAL_PER_FACT = 1
-
-SUM_QUESTIONS = {
-    "en": """
-        {a} + {b} = ?
-        {a}+{b}=?
-        {a} + {b} =
-        {a} + {b}
-        What is {a} + {b}?
-        What is {a}+{b}?
-        What's {a} + {b}?
-        What is {a} plus {b}?
-        What's {a} plus {b}?
-        what is {a} plus {b}
-        How much is {a} plus {b}?
-        How much is {a} + {b}?
-        Add {a} and {b}.
-        Please add {a} and {b}.
-        Calculate {a} + {b}.
-        Please calculate {a} + {b}.
-        Compute {a} + {b}.
-        What is the sum of {a} and {b}?
-        Find the sum of {a} and {b}.
-        What do you get if you add {a} and {b}?
-        Tell me {a} plus {b}.
-        Can you add {a} and {b}?
-        Can you tell me what {a} plus {b} is?
-        Hi, what is {a} + {b}?
-        Quick question: {a} + {b} = ?
-        """,
-    "zh": """
-        {a} + {b} = ?
-        {a}+{b}=?
-        {a}+{b}等于多少?
-        {a} + {b} 等于多少?
-        {a}+{b}等于几?
-        {a}加{b}等于多少?
-        {a}加{b}等于几?
-        {a}加{b}是多少?
-        {a}加上{b}等于多少?
-        {a}加上{b}是多少?
-        请计算{a}+{b}。
-        计算{a}+{b}
-        计算 {a} + {b}。
-        算一下{a}+{b}。
-        请算一下{a}加{b}。
-        帮我算一下{a}+{b}。
-        {a}与{b}的和是多少?
-        {a}和{b}相加等于多少?
-        求{a}与{b}的和。
-        请问{a}加{b}等于多少?
-        你好,{a}+{b}等于多少?
-        你知道{a}加{b}等于多少吗?
-        告诉我{a}加{b}等于多少。
-        """,
-}
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.strip().splitlines() if line.strip()]
-
-
-def _hash(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big")
-
-
-def _unique(items: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(items))
-
-
-def conversation(*turns: str) -> list[dict]:
-    """user, assistant, user, ... texts -> messages."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-
-
-class Split:
-    """What is held out: facts, question cores, frames and operand pairs, as a pure function of the seed."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-        self.relations: list[Relation] = mini_world.build_relations()
-        self.asked: dict[str, set[str]] = {}  # relation -> subject keys that training asks about
-        for relation in self.relations:
-            keys = sorted(
-                (relation.subject_key(f) for f in relation.facts), key=lambda k: _hash(seed, relation.name, k)
-            )
-            self.asked[relation.name] = set(keys[: round(ASKED_SHARE * len(keys))])
-        self._phrases: dict[tuple[str, str, str], set[str]] = {}
-        self._unseen: dict[tuple[str, str, str], dict[str, list[str]]] = {}
-        self.cores: dict[tuple[str, str, str], dict[str, tuple[list[str], list[str]]]] = {}
-        for relation in self.relations:
-            for (language, direction), query in relation.queries.items():
-                self.cores[relation.name, language, direction] = {
-                    kind: self._divide(
-                        cores,
-                        HELD_CORES,
-                        relation.name,
-                        language,
-                        kind,
-                        "" if relation.symmetric else direction,
-                    )
-                    for kind, cores in query.cores.items()
-                }
-        self.frames: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
-        for language, frames in (("en", mini_world.FRAMES_EN), ("zh", mini_world.FRAMES_ZH)):
-            for kind, templates in frames.items():
-                keep, held = self._divide(_unique(templates[1:]), HELD_FRAMES, language, kind)
-                held = [t for t in held if t != templates[0]]
-                self.frames[language, kind] = ([t for t in templates if t not in held], held)
-        self.sum_frames = {}
-        for language, text in SUM_QUESTIONS.items():
-            keep, held = self._divide(_lines(text)[2:], 0.15, "sums", language)
-            self.sum_frames[language] = (_lines(text)[:2] + keep, held)
-        self.chat: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
-        for language, intents in (("en", mini_chat.CHAT_EN), ("zh", mini_chat.CHAT_ZH)):
-            for intent in intents:
-                self.chat[language, intent["name"]] = self._divide(
-                    intent["user"], 0.15, "chat", language, intent["name"]
-                )
-
-    def _divide(self, items: list[str], share: float, *salt: object) -> tuple[list[str], list[str]]:
-        """(kept, held out); lists of one or two items keep everything. Order of the kept ones stays."""
-        count = 0 if len(items) < 3 else max(1, round(share * len(items)))
-        # lines that differ only in case or punctuation go together
-        groups: dict[str, list[str]] = {}
-        for item in items:
-            groups.setdefault(normalise(item.replace("{o}", "{s}")), []).append(item)
-        held: set[str] = set()
-        for group in sorted(groups, key=lambda g: _hash(self.seed, *salt, g)):
-            if len(held) < count and (not held or len(held) + len(groups[group]) <= count):
-                held.update(groups[group])
-        return [i for i in items if i not in held], [i for i in items if i in held]
-
-    def phrases(self, key: tuple[str, str, str]) -> set[str]:
-        """Every wording of one query that training may use, see `phrase`."""
-        if key not in self._phrases:
-            relation = next(r for r in self.relations if r.name == key[0])
-            query = relation.queries[key[1:]]
-            self._phrases[key] = {
-                phrase(query, core, frame)
-                for kind, (kept, _) in self.cores[key].items()
-                for frame_kind in (("q", "e") if kind == "w" and key[1] == "en" else (FRAME_KIND[kind],))
-                for core in kept
-                for frame in self.frames[key[1], frame_kind][0]
-            }
-        return self._phrases[key]
-
-    def unseen_cores(self, key: tuple[str, str, str]) -> dict[str, list[str]]:
-        """Held-out cores whose words stand in no wording that training may use."""
-        if key not in self._unseen:
-            relation = next(r for r in self.relations if r.name == key[0])
-            known = "\n".join(self.phrases(key))
-            query = relation.queries[key[1:]]
-
-            def words(core: str) -> str:  # Chinese has no spaces that could mark the ends
-                return phrase(query, core, "{q}") if key[1] == "en" else phrase(query, core, "{q}").strip()
-
-            self._unseen[key] = {
-                kind: [core for core in held if words(core) not in known]
-                for kind, (_, held) in self.cores[key].items()
-            }
-        return self._unseen[key]
-
-    def is_asked(self, relation: Relation, fact: dict) -> bool:
-        return relation.subject_key(fact) in self.asked[relation.name]
-
-    def held_sum(self, a: int, b: int) -> bool:
-        """True if no training text may ask for a + b or b + a (two operands below 100)."""
-        a, b = min(a, b), max(a, b)
-        return b < 100 and _hash(self.seed, "sum", a, b) % 1000 < HELD_SUMS * 1000
-
-
-def clean_zh(text: str, language: str) -> str:
-    """Full-width punctuation for Chinese sentences; bare expressions like "3 + 4 = ?" stay as they are."""
-    return full_width(text) if language == "zh" and any("\u4e00" <= c <= "\u9fff" for c in text) else text
-
-
-def statement(
-    template: str, relation: Relation, fact: dict, language: str, rng: random.Random, wrap: bool
-) -> str:
-    """One rendered statement sentence, sometimes inside a carrier phrase."""
-    subject, obj = fact[language]
-    text = fill_slots(template, subject, obj, language)
-    if language == "zh":
-        frame = rng.choice(mini_world.WRAPS_ZH) if wrap else "{st}"
-        return full_width(frame.replace("{st}", text))
-    frame = rng.choice(mini_world.WRAPS_EN) if wrap else "{St}"
-    lower = text if template[0] in '{"' else text[:1].lower() + text[1:]  # names keep their capital
-    return frame.replace("{St}", upper_first(text)).replace("{st}", lower)
-
-
-def answer_text(query: Query, fact: dict) -> str:
-    subject, obj = fact[query.language]
-    text = fill_slots(query.answer, subject, obj, query.language)
-    return full_width(text) if query.language == "zh" else upper_first(text)
-
-
-def question_text(query: Query, fact: dict, core: str, frame: str) -> str:
-    """Fill a core with the fact's subject (object when asked in reverse) and put the frame around it."""
-    subject, obj = fact[query.language]
-    core = fill_slots(core, subject, obj, query.language)
-    text = frame
-    for slot in ("q", "np", "e", "fill"):
-        text = text.replace("{" + slot.capitalize() + "}", upper_first(core)).replace("{" + slot + "}", core)
-    return clean_zh(text, query.language)
-
-
-def phrase(query: Query, core: str, frame: str) -> str:
-    """What a core in a frame looks like whatever the fact, without case and punctuation: two ways to build
-    the same words count as one."""
-    fact = {query.language: ("Xx/Xx" if "{p}" in core else "Xx", "Yy")}
-    return normalise(question_text(query, fact, core, frame))
-
-
-def render_question(
-    split: Split, relation: Relation, key: tuple[str, str], fact: dict, rng: random.Random,
-    held_core: bool = False, held_frame: bool = False,
-) -> str | None:  # fmt: skip
-    """A question with a kept or held-out core in a kept or held-out frame; None if there is no such core."""
-    query, name = relation.queries[key], (relation.name, *key)
-    if held_core:
-        cores = split.unseen_cores(name)
-    else:
-        cores = {kind: kept for kind, (kept, _) in split.cores[name].items()}
-    options = []
-    for kind, texts in cores.items():
-        if kind == "w":  # fits around direct and embedded frames
-            frame_kinds = ("q", "e") if key[0] == "en" else ("q",)
-        else:
-            frame_kinds = (FRAME_KIND[kind],)
-        for core in texts:
-            options += [(core, frame_kind) for frame_kind in frame_kinds]
-    if not options:
-        return None
-    # fill-in sentences are rarer than questions
-    weights = [0.5 if frame_kind == "fill" else 1.0 for _, frame_kind in options]
-    known = split.phrases(name) if held_core or held_frame else ()
-    for _ in range(50):
-        core, frame_kind = rng.choices(options, weights)[0]
-        frame = rng.choice(split.frames[key[0], frame_kind][1 if held_frame else 0])
-        if not known or phrase(query, core, frame) not in known:
-            return question_text(query, fact, core, frame)
-    return None
-
-
-# ---- arithmetic ------------------------------------------------------------------------------------------
-
-
-def column_steps(a: int, b: int, sign: str = "+") -> str:
-    """Worked columns, ones first: "3+5=8, 2+4+0=6" (the last number is the carry, or the borrow for "-")."""
-    a1, a0, b1, b0 = a // 10, a % 10, b // 10, b % 10
-    if sign == "+":
-        carry = (a0 + b0) // 10
-        ones = f"{a0}+{b0}={a0 + b0}"
-        return ones if a < 10 and b < 10 else f"{ones}, {a1}+{b1}+{carry}={a1 + b1 + carry}"
-    borrow = int(a0 < b0)
-    ones = f"{a0 + 10 * borrow}-{b0}={a0 + 10 * borrow - b0}"
-    return ones if a < 10 and b < 10 else f"{ones}, {a1}-{b1}-{borrow}={a1 - b1 - borrow}"
-
-
-def sum_answer(a: int, b: int, language: str, sign: str = "+") -> str:
-    result = a + b if sign == "+" else a - b
-    so = {"en": ", so", "zh": "，所以"}[language]
-    text = f"{column_steps(a, b, sign)}{so} {a} {sign} {b} = {result}"
-    return text + "." if language == "en" else text.replace(", ", "，") + "。"
-
-
-def draw_operands(rng: random.Random) -> tuple[int, int]:
-    """One- and two-digit operands: 15 % both one digit, 25 % mixed, 60 % both two digits."""
-    draw = rng.random()
-    if draw < 0.15:
-        return rng.randint(0, 9), rng.randint(0, 9)
-    if draw < 0.40:
-        pair = [rng.randint(0, 9), rng.randint(10, 99)]
-        rng.shuffle(pair)
-        return pair[0], pair[1]
-    return rng.randint(10, 99), rng.randint(10, 99)
-
-
-def draw_sum(split: Split, rng: random.Random, held: bool = False) -> tuple[int, int]:
-    while True:
-        a, b = draw_operands(rng)
-        if split.held_sum(a, b) == held:
-            return a, b
-
-
-OTHER_QUESTIONS = {
-    "sub": {
-        "en": ["{a} - {b} = ?", "What is {a} minus {b}?", "Subtract {b} from {a}.", "What is {a} - {b}?",
-               "How much is {a} minus {b}?", "Calculate {a} - {b}."],
-        "zh": ["{a} - {b} = ?", "{a}减{b}等于多少?", "{a}-{b}等于多少?", "计算{a}-{b}。",
-               "请问{a}减去{b}是多少?"],
-    },
-    "compare": {
-        "en": ["Which is larger, {a} or {b}?", "Which number is bigger: {a} or {b}?",
-               "What is the larger of {a} and {b}?"],
-        "zh": ["{a}和{b}哪个大?", "{a}与{b}哪个更大?", "{a}和{b}中较大的数是哪个?"],
-    },
-    "next": {
-        "en": ["What number comes after {a}?", "Which number follows {a}?", "What comes next after {a}?"],
-        "zh": ["{a}后面的数是几?", "{a}的下一个数是多少?", "比{a}大一的数是多少?"],
-    },
-    "mul": {
-        "en": ["{a} * {b} = ?", "What is {a} times {b}?", "Multiply {a} by {b}."],
-        "zh": ["{a}乘{b}等于多少?", "{a} * {b} = ?", "{a}乘以{b}是多少?"],
-    },
-    "chain": {
-        "en": ["{e} = ?", "What is {e}?", "Calculate {e}.", "How much is {e}?", "Please compute {e}."],
-        "zh": ["{e} = ?", "{e}等于多少?", "计算{e}。", "请算一下{e}。", "请问{e}是多少?"],
-    },
-}  # fmt: skip
-
-
-def other_math(split: Split, rng: random.Random, kind: str, language: str) -> tuple[str, str, str]:
-    """(question, direct answer, final answer) of a kind other than sums."""
-    template = clean_zh(rng.choice(OTHER_QUESTIONS[kind][language]), language)
-    if kind == "sub":
-        a, b = sorted((rng.randint(0, 99), rng.randint(0, 99)), reverse=True)
-        return template.format(a=a, b=b), sum_answer(a, b, language, "-"), str(a - b)
-    if kind == "compare":
-        a, b = rng.sample(range(1, 100), 2)
-        big = str(max(a, b))
-        end = {"en": f"The larger number is {big}.", "zh": f"较大的数是{big}。"}[language]
-        return template.format(a=a, b=b), end, big
-    if kind == "next":
-        a = rng.randint(0, 99)
-        end = {"en": f"The number after {a} is {a + 1}.", "zh": f"{a}后面的数是{a + 1}。"}[language]
-        return template.format(a=a), end, str(a + 1)
-    if kind == "mul":
-        a, b = rng.randint(1, 9), rng.randint(1, 9)
-        end = {"en": f"{a} * {b} = {a * b}.", "zh": f"{a} * {b} = {a * b}。"}[language]
-        return template.format(a=a, b=b), end, str(a * b)
-    expression, steps, value = chain(split, rng)
-    end = {"en": f"{expression} = {value}.", "zh": f"{expression} = {value}。"}[language]
-    return template.format(e=expression), end, str(value)
-
-
-def chain(
-    split: Split, rng: random.Random, held: bool | None = None
-) -> tuple[str, list[tuple[int, str, int]], int]:
-    """A three-operand + / - expression, values in 0..99 at every step: (text, [(a, sign, b)...], value)."""
-    while True:
-        numbers = [rng.randint(1, 60) for _ in range(3)]
-        signs = [rng.choice("+-") for _ in range(2)]
-        value, steps, fine = numbers[0], [], True
-        for sign, number in zip(signs, numbers[1:], strict=True):
-            steps.append((value, sign, number))
-            if sign == "+" and split.held_sum(value, number):
-                fine = False
-            value = value + number if sign == "+" else value - number
-            fine = fine and 0 <= value <= 99
-        expression = f"{numbers[0]} {signs[0]} {numbers[1]} {signs[1]} {numbers[2]}"
-        # held-out expressions are a hash class of their own, so that train and test never share one
-        is_held = _hash(split.seed, "chain", expression) % 10 == 0
-        if fine and (held is None and not is_held or held is is_held):
-            return expression, steps, value
 
 
 class Writer:
@@ -448,7 +104,7 @@ class Curriculum:
         self.relations = self.split.relations
 
     def rng(self, section: str) -> random.Random:
-        return random.Random(_hash(self.seed, section))
+        return random.Random(hash_of(self.seed, section))
 
     def count(self, name: str) -> int:
         return max(1, round(COUNTS[name] * self.size))
@@ -599,7 +255,7 @@ class Curriculum:
             documents += [self.story(rng, language) for _ in range(30)]
             documents += self.layout([self.sum_pair(rng, language)[:2] for _ in range(60)], language, rng)
         rng.shuffle(documents)
-        return [{"text": d} for d in _unique(documents) if d not in train]
+        return [{"text": d} for d in unique(documents) if d not in train]
 
     # ---- supervised fine-tuning
 
@@ -736,185 +392,14 @@ class Curriculum:
 
         `held` picks arguments of the held-out hash class (None: any)."""
         name = name or rng.choice(list(mini_tools.TOOLS))
+        # the translator's answers would give unasked words away
+        words = [(w[0], w[1]) for w in mini_world.rows(mini_world.WORDS) if w[0] in self.split.asked["word"]]
         while True:
-            task = self._draw_tool_task(rng, language, name)
-            is_held = _hash(self.seed, "tool", name, json.dumps(task["arguments"], sort_keys=True)) % 5 == 0
+            task = mini_tasks.draw_task(rng, language, name, words)
             # languages share the hash class because arguments are the same objects
+            is_held = self.split.held_class(5, "tool", name, json.dumps(task["arguments"], sort_keys=True))
             if held is None or is_held == held:
-                return {**task, "name": name}
-
-    def _draw_tool_task(self, rng: random.Random, language: str, name: str) -> dict:
-        en = language == "en"
-        if name == "calculate_math":
-            sign, word = rng.choice(
-                [("*", ("times", "乘以")), ("*", ("times", "乘以")), ("-", ("minus", "减"))]
-            )
-            a, b = rng.randint(11, 999), rng.randint(2, 99)
-            expression = f"{a} {sign} {b}"
-            asks = (
-                [f"what is {a} {word[0]} {b}", f"calculate {a} {sign} {b}", f"how much is {a} {sign} {b}"]
-                if en
-                else [f"{a}{word[1]}{b}等于多少", f"计算{a} {sign} {b}", f"算一下{a}{word[1]}{b}"]
-            )
-            value = mini_tools.calculate(expression)
-            return self._task(
-                {"expression": expression}, rng.choice(asks), f"{expression} = {value}", str(value), name
-            )
-        cities = mini_tools.CITIES
-        if name in ("get_current_time", "get_current_weather"):
-            city = rng.choice(list(cities))
-            shown = city if en else cities[city]
-            if name == "get_current_time":
-                asks = (
-                    [
-                        f"what time is it in {shown}",
-                        f"tell me the time in {shown}",
-                        f"what is the time in {shown}",
-                    ]
-                    if en
-                    else [f"{shown}现在几点", f"告诉我{shown}的时间", f"{shown}现在是什么时间"]
-                )
-                result = mini_tools.run_tool(name, {"city": city})
-                say = f"The time in {shown} is {result['time']}" if en else f"{shown}现在是{result['time']}"
-                return self._task({"city": city}, rng.choice(asks), say, result["time"], name)
-            asks = (
-                [
-                    f"what is the weather in {shown}",
-                    f"how is the weather in {shown}",
-                    f"tell me the weather in {shown}",
-                ]
-                if en
-                else [f"{shown}天气怎么样", f"告诉我{shown}的天气", f"查一下{shown}的天气"]
-            )
-            result = mini_tools.run_tool(name, {"location": city})
-            sky, degree = result["condition"], result["temperature"]
-            say = (
-                f"It is {sky} in {shown}, {degree} degrees"
-                if en
-                else f"{shown}的天气是{mini_tools.CONDITIONS[sky]}，{degree}度"
-            )
-            return self._task({"location": city}, rng.choice(asks), say, str(degree), name)
-        if name == "unit_converter":
-            source, target = rng.choice(list(mini_tools.UNITS))
-            value = rng.randint(2, 99)
-            arguments = {"value": value, "from_unit": source, "to_unit": target}
-            result = mini_tools.run_tool(name, arguments)["result"]
-            asks = (
-                [f"convert {value} {source} to {target}", f"how many {target} are {value} {source}"]
-                if en
-                else [f"把{value} {source}换算成{target}", f"{value} {source}是多少{target}"]
-            )
-            say = f"{value} {source} = {result} {target}"
-            return self._task(arguments, rng.choice(asks), say, str(result), name)
-        if name == "get_exchange_rate":
-            source, target = rng.choice(list(mini_tools.RATES))
-            rate = mini_tools.RATES[source, target]
-            asks = (
-                [f"what is the exchange rate from {source} to {target}", f"how many {target} is one {source}"]
-                if en
-                else [f"{source}兑{target}的汇率是多少", f"查一下{source}到{target}的汇率"]
-            )
-            say = f"1 {source} = {rate} {target}"
-            return self._task(
-                {"from_currency": source, "to_currency": target}, rng.choice(asks), say, str(rate), name
-            )
-        if name == "translate_text":
-            english, chinese = rng.choice(mini_world.rows(mini_world.WORDS))
-            # the tool answers with a word that the fact questions may hold out: only asked words are used
-            while english not in self.split.asked["word"]:
-                english, chinese = rng.choice(mini_world.rows(mini_world.WORDS))
-            text, target, result = rng.choice([(english, "Chinese", chinese), (chinese, "English", english)])
-            shown = target if en else {"Chinese": "中文", "English": "英文"}[target]
-            asks = (
-                [
-                    f'translate "{text}" into {shown} with the tool',
-                    f'use the translator for "{text}" into {shown}',
-                ]
-                if en
-                else [f"用工具把“{text}”翻译成{shown}", f"用翻译工具把“{text}”译成{shown}"]
-            )
-            say = f'"{text}" is "{result}" in {shown}' if en else f"“{text}”的{shown}是“{result}”"
-            return self._task({"text": text, "target_language": target}, rng.choice(asks), say, result, name)
-        if name == "random_number":
-            low, high = rng.randint(1, 20), rng.randint(30, 99)
-            result = mini_tools.run_tool(name, {"min": low, "max": high})["result"]
-            asks = (
-                [
-                    f"give me a random number from {low} to {high}",
-                    f"pick a random number between {low} and {high}",
-                ]
-                if en
-                else [f"给我一个{low}到{high}的随机数", f"在{low}和{high}之间选一个随机数"]
-            )
-            say = f"The random number is {result}" if en else f"随机数是{result}"
-            return self._task({"min": low, "max": high}, rng.choice(asks), say, str(result), name)
-        words = [w[0] for w in mini_world.rows(mini_world.WORDS)]
-        if name == "text_length":
-            text = " ".join(rng.sample(words, rng.randint(1, 2)))
-            result = mini_tools.run_tool(name, {"text": text})["characters"]
-            asks = (
-                [f'how many characters are in "{text}"', f'count the characters of "{text}"']
-                if en
-                else [f"“{text}”有多少个字符", f"数一数“{text}”的字符数"]
-            )
-            say = f'"{text}" has {result} characters' if en else f"“{text}”有{result}个字符"
-            return self._task({"text": text}, rng.choice(asks), say, str(result), name)
-        if name == "reverse_text":
-            text = rng.choice(words)
-            result = text[::-1]
-            asks = (
-                [f'reverse the text "{text}"', f'write "{text}" backwards']
-                if en
-                else [f"把“{text}”倒过来写", f"反转文字“{text}”"]
-            )
-            say = f'"{text}" backwards is "{result}"' if en else f"“{text}”倒过来是“{result}”"
-            return self._task({"text": text}, rng.choice(asks), say, result, name)
-        start, days = rng.choice(mini_tools.WEEKDAYS), rng.randint(2, 60)
-        result = mini_tools.run_tool(name, {"start": start, "days": days})["day"]
-        asks = (
-            [f"which weekday is {days} days after {start}", f"what day comes {days} days after {start}"]
-            if en
-            else [f"{start}之后{days}天是星期几", f"从{start}起过{days}天是哪天"]
-        )
-        say = f"{days} days after {start} is {result}" if en else f"{start}之后{days}天是{result}"
-        return self._task({"start": start, "days": days}, rng.choice(asks), say, result, name)
-
-    @staticmethod
-    def _task(arguments: dict, ask: str, say: str, value: str, name: str) -> dict:
-        return {"arguments": arguments, "ask": ask, "say": say, "value": value,
-                "result": mini_tools.run_tool(name, arguments)}  # fmt: skip
-
-    def tool_system(self, rng: random.Random, needed: list[str], distractors: int) -> dict:
-        names = needed + rng.sample([n for n in mini_tools.TOOLS if n not in needed], distractors)
-        names = _unique(names)
-        rng.shuffle(names)
-        return {"role": "system", "content": "", "tools": json.dumps([mini_tools.TOOLS[n] for n in names])}
-
-    @staticmethod
-    def tool_exchange(task: dict) -> list[dict]:
-        call = [{"name": task["name"], "arguments": task["arguments"]}]
-        return [
-            {"role": "assistant", "content": "", "tool_calls": json.dumps(call, ensure_ascii=False)},
-            {"role": "tool", "content": json.dumps(task["result"], ensure_ascii=False)},
-        ]
-
-    @staticmethod
-    def tool_question(tasks: list[dict], language: str) -> str:
-        if language == "en":
-            text = ", and then ".join(t["ask"] for t in tasks)
-            question = tasks[-1]["ask"].startswith(("what", "how", "which")) and len(tasks) == 1
-            return upper_first(text) + ("?" if question else ".")
-        text = "，然后".join(t["ask"] for t in tasks)
-        question = any(w in tasks[-1]["ask"] for w in ("多少", "怎么样", "几", "什么", "哪"))
-        return text + ("？" if question else "。")
-
-    @staticmethod
-    def tool_answer(tasks: list[dict], language: str) -> str:
-        return (
-            " ".join(t["say"] + "." for t in tasks)
-            if language == "en"
-            else "".join(t["say"] + "。" for t in tasks)
-        )
+                return task
 
     def tool_rows(self, rng: random.Random, count: int, two_steps: float = 0.06) -> list[dict]:
         """Conversations with calls and results: mostly one call, a few with two, one after the other."""
@@ -922,11 +407,11 @@ class Curriculum:
         for i in range(count):
             language = LANGUAGES[i % 2]
             tasks = [self.tool_task(rng, language) for _ in range(2 if rng.random() < two_steps else 1)]
-            messages = [self.tool_system(rng, [t["name"] for t in tasks], 1)]
-            messages.append({"role": "user", "content": self.tool_question(tasks, language)})
+            messages = [mini_tasks.system_message(rng, [t["name"] for t in tasks], 1)]
+            messages.append({"role": "user", "content": mini_tasks.question(tasks, language)})
             for task in tasks:
-                messages += self.tool_exchange(task)
-            messages.append({"role": "assistant", "content": self.tool_answer(tasks, language)})
+                messages += mini_tasks.exchange(task)
+            messages.append({"role": "assistant", "content": mini_tasks.answer(tasks, language)})
             found.append({"conversations": messages})
         return found
 
@@ -937,13 +422,11 @@ class Curriculum:
             language = LANGUAGES[len(found) % 2]
             steps = rng.choice([1, 2, 2, 2])
             # held-out rows need unseen arguments: tools with few possible arguments (cities) are left out
-            names = ["calculate_math", "unit_converter", "random_number", "text_length", "day_of_week"]
-            if not held:
-                names = list(mini_tools.TOOLS)
+            names = list(mini_tasks.OPEN_TOOLS if held else mini_tools.TOOLS)
             chosen = rng.sample(names, steps)
             tasks = [self.tool_task(rng, language, held, name) for name in chosen]
-            system = self.tool_system(rng, [t["name"] for t in tasks], 1)
-            question = self.tool_question(tasks, language)
+            system = mini_tasks.system_message(rng, [t["name"] for t in tasks], 1)
+            question = mini_tasks.question(tasks, language)
             if question in seen and held:
                 continue
             seen.add(question)
@@ -1018,7 +501,7 @@ class Curriculum:
                 ("zh", topic[1], topic[3], topic[5]),
             ):
                 templates = mini_chat.HEALTH_ASK[language]
-                test = sorted(templates, key=lambda t: _hash(self.seed, "health", name, t))[:2]  # noqa: B023
+                test = sorted(templates, key=lambda t: hash_of(self.seed, "health", name, t))[:2]  # noqa: B023
                 for template in templates:
                     if (template in test) is not held:
                         continue
@@ -1049,7 +532,7 @@ class Curriculum:
                 template = clean_zh(rng.choice(OTHER_QUESTIONS["chain"][language]), language)
                 question = template.format(e=expression)
             else:
-                question = self.word_problem(rng, steps, language)
+                question = word_problem(rng, steps, language)
             if question in seen:
                 continue
             seen.add(question)
@@ -1076,23 +559,6 @@ class Curriculum:
             found.append(row)
         return found
 
-    @staticmethod
-    def word_problem(rng: random.Random, steps: list[tuple[int, str, int]], language: str) -> str:
-        parts = mini_chat.STORY_PARTS[language]
-        hero = rng.choice(parts["hero"])
-        thing = rng.choice(
-            ["apples", "books", "balls", "eggs"] if language == "en" else ["个苹果", "本书", "个球", "个鸡蛋"]
-        )
-        if language == "en":
-            text = f"{hero} has {steps[0][0]} {thing}."
-            for _, sign, b in steps:
-                text += f" {hero} gets {b} more." if sign == "+" else f" {hero} gives away {b}."
-            return f"{text} How many {thing} does {hero} have now?"
-        text = f"{hero}有{steps[0][0]}{thing}。"
-        for _, sign, b in steps:
-            text += f"又得到{b}{thing[0]}。" if sign == "+" else f"送出{b}{thing[0]}。"
-        return f"{text}{hero}现在有多少{thing}？"
-
     def preference(self, rng: random.Random, count: int, held: bool) -> list[dict]:
         """Polite and correct against rude, lazy, repeated or wrong. Held-out pairs use other facts."""
         found = []
@@ -1101,7 +567,7 @@ class Curriculum:
             draw = rng.random()
             if draw < 0.6:
                 relation, key, fact = self.fact_turn(rng, language)
-                if (_hash(self.seed, "dpo", relation.name, relation.subject_key(fact)) % 6 == 0) is not held:
+                if self.split.held_class(6, "dpo", relation.name, relation.subject_key(fact)) is not held:
                     continue
                 query = relation.queries[key]
                 question = render_question(self.split, relation, key, fact, rng)
@@ -1135,7 +601,7 @@ class Curriculum:
             else:
                 question, _, answer = other_math(self.split, rng, kind, language)
                 numbers = "".join(c if c.isdigit() else " " for c in question).split()
-                if (_hash(self.seed, "rlaif", kind, *sorted(numbers)) % 8 == 0) is not held:
+                if self.split.held_class(8, "rlaif", kind, *sorted(numbers)) is not held:
                     continue
             if held and question in seen:
                 continue

@@ -1,8 +1,8 @@
 """The simulated tools of the curriculum: definitions in the usual JSON form and deterministic results.
 
 No network, no clock, no randomness: weather and time are functions of the city name, rates are a
-fixed table, so that every answer can be checked. `run_tool(name, arguments)` returns a JSON-able dict, `{"error": ...}` for
-anything it cannot do; it never raises on odd arguments.
+fixed table, so that every answer can be checked. `run_tool(name, arguments)` returns a JSON-able
+dict, `{"error": ...}` for anything it cannot do; it never raises on odd arguments.
 """
 
 from __future__ import annotations

@@ -2540,6 +2540,11 @@ def full_width(text: str) -> str:
     return text.translate(_WIDE)
 
 
+def clean_zh(text: str, language: str) -> str:
+    """Full-width punctuation for Chinese sentences; bare expressions like "3 + 4 = ?" stay as they are."""
+    return full_width(text) if language == "zh" and any("\u4e00" <= c <= "\u9fff" for c in text) else text
+
+
 def fill_slots(template: str, subject: str, obj: str, language: str) -> str:
     """Put subject and object into a template; "a owl" becomes "an owl". `{p}` is the part in counts."""
     part = ""

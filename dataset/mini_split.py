@@ -1,0 +1,210 @@
+"""What the embedded curriculum holds out, and how a fact becomes a statement, a question or an answer.
+
+`Split(seed)` decides by hashes which facts are asked about, which question cores and frames stay unseen, and
+which operand pairs no training text asks for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable
+
+from dataset import mini_chat, mini_world
+from dataset.mini_eval import normalise
+from dataset.mini_math import SUM_QUESTIONS
+from dataset.mini_world import Query, Relation, clean_zh, fill_slots, full_width, upper_first
+
+ASKED_SHARE = 0.68  # share of each relation's facts that SFT (and question text in pretraining) asks about
+HELD_CORES = 0.2  # share of question cores that no training file contains
+HELD_FRAMES = 0.2
+HELD_SUMS = 0.13  # share of operand pairs {a, b} that no training file asks for
+LANGUAGES = ("en", "zh")
+FRAME_KIND = {"np": "np", "q": "q", "w": "q", "e": "e", "fill": "fill"}
+
+
+def lines_of(text: str) -> list[str]:
+    return [line.strip() for line in text.strip().splitlines() if line.strip()]
+
+
+def hash_of(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def unique(items: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(items))
+
+
+def conversation(*turns: str) -> list[dict]:
+    """user, assistant, user, ... texts -> messages."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+class Split:
+    """What is held out: facts, question cores, frames and operand pairs, as a pure function of the seed."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.relations: list[Relation] = mini_world.build_relations()
+        self.asked: dict[str, set[str]] = {}  # relation -> subject keys that training asks about
+        for relation in self.relations:
+            keys = sorted(
+                (relation.subject_key(f) for f in relation.facts),
+                key=lambda k: hash_of(seed, relation.name, k),
+            )
+            self.asked[relation.name] = set(keys[: round(ASKED_SHARE * len(keys))])
+        self._phrases: dict[tuple[str, str, str], set[str]] = {}
+        self._unseen: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+        self.cores: dict[tuple[str, str, str], dict[str, tuple[list[str], list[str]]]] = {}
+        for relation in self.relations:
+            for (language, direction), query in relation.queries.items():
+                self.cores[relation.name, language, direction] = {
+                    kind: self._divide(
+                        cores,
+                        HELD_CORES,
+                        relation.name,
+                        language,
+                        kind,
+                        "" if relation.symmetric else direction,
+                    )
+                    for kind, cores in query.cores.items()
+                }
+        self.frames: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
+        for language, frames in (("en", mini_world.FRAMES_EN), ("zh", mini_world.FRAMES_ZH)):
+            for kind, templates in frames.items():
+                keep, held = self._divide(unique(templates[1:]), HELD_FRAMES, language, kind)
+                held = [t for t in held if t != templates[0]]
+                self.frames[language, kind] = ([t for t in templates if t not in held], held)
+        self.sum_frames = {}
+        for language, text in SUM_QUESTIONS.items():
+            keep, held = self._divide(lines_of(text)[2:], 0.15, "sums", language)
+            self.sum_frames[language] = (lines_of(text)[:2] + keep, held)
+        self.chat: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
+        for language, intents in (("en", mini_chat.CHAT_EN), ("zh", mini_chat.CHAT_ZH)):
+            for intent in intents:
+                self.chat[language, intent["name"]] = self._divide(
+                    intent["user"], 0.15, "chat", language, intent["name"]
+                )
+
+    def _divide(self, items: list[str], share: float, *salt: object) -> tuple[list[str], list[str]]:
+        """(kept, held out); lists of one or two items keep everything. Order of the kept ones stays."""
+        count = 0 if len(items) < 3 else max(1, round(share * len(items)))
+        # lines that differ only in case or punctuation go together
+        groups: dict[str, list[str]] = {}
+        for item in items:
+            groups.setdefault(normalise(item.replace("{o}", "{s}")), []).append(item)
+        held: set[str] = set()
+        for group in sorted(groups, key=lambda g: hash_of(self.seed, *salt, g)):
+            if len(held) < count and (not held or len(held) + len(groups[group]) <= count):
+                held.update(groups[group])
+        return [i for i in items if i not in held], [i for i in items if i in held]
+
+    def phrases(self, key: tuple[str, str, str]) -> set[str]:
+        """Every wording of one query that training may use, see `phrase`."""
+        if key not in self._phrases:
+            relation = next(r for r in self.relations if r.name == key[0])
+            query = relation.queries[key[1:]]
+            self._phrases[key] = {
+                phrase(query, core, frame)
+                for kind, (kept, _) in self.cores[key].items()
+                for frame_kind in (("q", "e") if kind == "w" and key[1] == "en" else (FRAME_KIND[kind],))
+                for core in kept
+                for frame in self.frames[key[1], frame_kind][0]
+            }
+        return self._phrases[key]
+
+    def unseen_cores(self, key: tuple[str, str, str]) -> dict[str, list[str]]:
+        """Held-out cores whose words stand in no wording that training may use."""
+        if key not in self._unseen:
+            relation = next(r for r in self.relations if r.name == key[0])
+            known = "\n".join(self.phrases(key))
+            query = relation.queries[key[1:]]
+
+            def words(core: str) -> str:  # Chinese has no spaces that could mark the ends
+                return phrase(query, core, "{q}") if key[1] == "en" else phrase(query, core, "{q}").strip()
+
+            self._unseen[key] = {
+                kind: [core for core in held if words(core) not in known]
+                for kind, (_, held) in self.cores[key].items()
+            }
+        return self._unseen[key]
+
+    def is_asked(self, relation: Relation, fact: dict) -> bool:
+        return relation.subject_key(fact) in self.asked[relation.name]
+
+    def held_class(self, share: int, *parts: object) -> bool:
+        """True for one in `share` of everything, by hash."""
+        return hash_of(self.seed, *parts) % share == 0
+
+    def held_sum(self, a: int, b: int) -> bool:
+        """True if no training text may ask for a + b or b + a (two operands below 100)."""
+        a, b = min(a, b), max(a, b)
+        return b < 100 and hash_of(self.seed, "sum", a, b) % 1000 < HELD_SUMS * 1000
+
+
+def statement(
+    template: str, relation: Relation, fact: dict, language: str, rng: random.Random, wrap: bool
+) -> str:
+    """One rendered statement sentence, sometimes inside a carrier phrase."""
+    subject, obj = fact[language]
+    text = fill_slots(template, subject, obj, language)
+    if language == "zh":
+        frame = rng.choice(mini_world.WRAPS_ZH) if wrap else "{st}"
+        return full_width(frame.replace("{st}", text))
+    frame = rng.choice(mini_world.WRAPS_EN) if wrap else "{St}"
+    lower = text if template[0] in '{"' else text[:1].lower() + text[1:]  # names keep their capital
+    return frame.replace("{St}", upper_first(text)).replace("{st}", lower)
+
+
+def answer_text(query: Query, fact: dict) -> str:
+    subject, obj = fact[query.language]
+    text = fill_slots(query.answer, subject, obj, query.language)
+    return full_width(text) if query.language == "zh" else upper_first(text)
+
+
+def question_text(query: Query, fact: dict, core: str, frame: str) -> str:
+    """Fill a core with the fact's subject (object when asked in reverse) and put the frame around it."""
+    subject, obj = fact[query.language]
+    core = fill_slots(core, subject, obj, query.language)
+    text = frame
+    for slot in ("q", "np", "e", "fill"):
+        text = text.replace("{" + slot.capitalize() + "}", upper_first(core)).replace("{" + slot + "}", core)
+    return clean_zh(text, query.language)
+
+
+def phrase(query: Query, core: str, frame: str) -> str:
+    """What a core in a frame looks like whatever the fact, without case and punctuation: two ways to build
+    the same words count as one."""
+    fact = {query.language: ("Xx/Xx" if "{p}" in core else "Xx", "Yy")}
+    return normalise(question_text(query, fact, core, frame))
+
+
+def render_question(
+    split: Split, relation: Relation, key: tuple[str, str], fact: dict, rng: random.Random,
+    held_core: bool = False, held_frame: bool = False,
+) -> str | None:  # fmt: skip
+    """A question with a kept or held-out core in a kept or held-out frame; None if there is no such core."""
+    query, name = relation.queries[key], (relation.name, *key)
+    if held_core:
+        cores = split.unseen_cores(name)
+    else:
+        cores = {kind: kept for kind, (kept, _) in split.cores[name].items()}
+    options = []
+    for kind, texts in cores.items():
+        if kind == "w":  # fits around direct and embedded frames
+            frame_kinds = ("q", "e") if key[0] == "en" else ("q",)
+        else:
+            frame_kinds = (FRAME_KIND[kind],)
+        for core in texts:
+            options += [(core, frame_kind) for frame_kind in frame_kinds]
+    if not options:
+        return None
+    # fill-in sentences are rarer than questions
+    weights = [0.5 if frame_kind == "fill" else 1.0 for _, frame_kind in options]
+    known = split.phrases(name) if held_core or held_frame else ()
+    for _ in range(50):
+        core, frame_kind = rng.choices(options, weights)[0]
+        frame = rng.choice(split.frames[key[0], frame_kind][1 if held_frame else 0])
+        if not known or phrase(query, core, frame) not in known:
+            return question_text(query, fact, core, frame)
+    return None
