@@ -258,6 +258,13 @@ class Doctor:
         else:
             kept = (pieces - 1).sum()
         layout["kept_target_percent"] = 100 * int(kept) / max(sum(self.targets), 1)
+        if self.kind == "sft":
+            more = packing.count_targets(
+                cache.answer_starts,
+                cache.answer_ends,
+                *packing.cut_conversations(cache, np.arange(len(lengths)), T, cut_answers=True)[:2],
+            )
+            layout["kept_target_percent_with_cut_answers"] = 100 * int(more.sum()) / max(sum(self.targets), 1)
         layout["conversations_without_target"] = counts["dropped_documents"]
         for name, pack in (("packed", True), ("unpacked", False)):
             num_rows = len(packing.rows(pieces, T, pack)[1]) - 1
@@ -326,9 +333,14 @@ def render(report):
                 f"{layout['cut_documents']:,} conversations cut after the last answer that fits, "
                 f"{layout['dropped_documents']:,} dropped because none fits"
             )
+        with_cut = layout.get("kept_target_percent_with_cut_answers", 0)
+        more = with_cut > layout["kept_target_percent"] + 1
+        cut_answers = (
+            f"\n                       (with cut answers: {with_cut:.1f}% of the targets)" if more else ""
+        )
         lines += [
             f"  kept                 {layout['kept_percent']:.1f}% of the tokens, "
-            f"{layout['kept_target_percent']:.1f}% of the targets ({changed})",
+            f"{layout['kept_target_percent']:.1f}% of the targets ({changed}){cut_answers}",
             f"  packed (default)     {layout['packed']['rows']:,} rows, "
             f"{layout['packed']['padding_percent']:.1f}% padding",
             f"  --pack 0             {layout['unpacked']['rows']:,} rows, "

@@ -576,20 +576,24 @@ def load_sft(
     seed=42,
     num_workers=None,
     add_system_ratio=0.0,
+    cut_answers=False,
 ):
     """`(train, val)` PackedDatasets from {"conversations"} rows; only answers are targets.
 
     A conversation longer than max_seq_len is cut after its last answer that fits; one whose first answer does
-    not fit is dropped; both are counted in `report()`. The held-out conversations are chosen by a hash of
-    what precedes the first answer, so the same question never stands on both sides. add_system_ratio > 0
-    gives that share of the conversations without system message a random one, as a function of (seed, row).
-    Else as `load_pretrain`.
+    not fit is dropped; both are counted in `report()`. cut_answers=True keeps what fits of the answer at the
+    limit instead (without its `<|im_end|>`, so it does not teach to stop there).
+
+    The held-out conversations are chosen by a hash of what precedes the first answer, so the same question
+    never stands on both sides. add_system_ratio > 0 gives that share of the conversations without system
+    message a random one, as a function of (seed, row). Else as `load_pretrain`.
     """
     if not 0 <= add_system_ratio <= 1:
         raise DataError(f"add_system_ratio must be between 0 and 1, not {add_system_ratio}")
     options = {"add_system_ratio": add_system_ratio, "seed": seed} if add_system_ratio else {}
     caches = _open_caches(path, "sft", tokenizer, cache_dir, num_workers, options)
-    return _make(caches, tokenizer, max_seq_len, val_fraction, pack, packing.cut_conversations)
+    fit = functools.partial(packing.cut_conversations, cut_answers=cut_answers)
+    return _make(caches, tokenizer, max_seq_len, val_fraction, pack, fit)
 
 
 def _open_caches(path, kind, tokenizer, cache_dir, num_workers, options=None):

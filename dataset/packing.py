@@ -43,16 +43,26 @@ def split_documents(cache, documents, max_seq_len):
     return starts + cache.offsets[:-1][documents][owner], (ends - starts).astype(np.int32), counts
 
 
-def cut_conversations(cache, documents, max_seq_len):
+def cut_conversations(cache, documents, max_seq_len, cut_answers=False):
     """One piece per chosen conversation: whole if it fits, else up to the end of its last answer that fits,
-    else dropped. `(starts, lengths, counts)`."""
+    else dropped. `(starts, lengths, counts)`.
+
+    cut_answers: where the limit falls inside an answer, keep what fits of it. Its `<|im_end|>` lies behind
+    the limit, so this teaches how the answer goes on, never to stop in the middle.
+    """
     starts = cache.offsets[:-1][documents]
     lengths = np.diff(cache.offsets)[documents]
+    limits = starts + max_seq_len
     fits = lengths <= max_seq_len
-    ends = np.asarray(cache.answer_ends)
-    # the last answer of all that ends within the limit; perhaps one of an earlier conversation
-    last = np.searchsorted(ends, starts + max_seq_len, side="right") - 1
-    kept = np.where(last >= 0, ends[np.maximum(last, 0)] - starts, 0) if len(ends) else np.zeros_like(lengths)
+    kept = np.zeros_like(lengths)
+    if len(cache.answer_ends):
+        # the last answer of all that ends within the limit; perhaps one of an earlier conversation
+        last = np.searchsorted(cache.answer_ends, limits, side="right") - 1
+        kept = np.where(last >= 0, cache.answer_ends[np.maximum(last, 0)] - starts, 0)
+        if cut_answers:
+            begun = np.searchsorted(cache.answer_starts, limits, side="left") - 1
+            inside = (begun >= 0) & (cache.answer_starts[np.maximum(begun, 0)] > starts) & (begun > last)
+            kept = np.where(inside, max_seq_len, kept)
     kept = np.where(fits, lengths, np.maximum(kept, 0))
     keep = kept > 0
     counts = {
@@ -66,11 +76,16 @@ def cut_conversations(cache, documents, max_seq_len):
 
 
 def count_targets(answer_starts, answer_ends, starts, lengths):
-    """(P,) target tokens of each piece, given the sorted spans of all answers. No piece begins or ends inside
-    an answer."""
+    """(P,) target tokens of each piece, given the sorted spans of all answers."""
     total = np.concatenate([[0], np.cumsum(answer_ends - answer_starts)])
-    before_end = total[np.searchsorted(answer_ends, starts + lengths, side="right")]
-    return before_end - total[np.searchsorted(answer_starts, starts, side="left")]
+
+    def before(positions):
+        """Targets before these positions: whole answers, less what of the last one lies behind."""
+        begun = np.searchsorted(answer_starts, positions, side="left")
+        behind = np.concatenate([[0], answer_ends])[begun] - positions
+        return total[begun] - np.where(begun > 0, np.maximum(behind, 0), 0)
+
+    return before(starts + lengths) - before(starts)
 
 
 def rows(lengths, capacity, pack=True):

@@ -420,6 +420,17 @@ def test_conversations_are_cut_after_the_last_answer_that_fits(tmp_path):
     assert report["source_tokens"] == source == report["tokens"] + report["dropped_tokens"]
 
 
+def test_a_cut_answer_keeps_its_beginning_and_never_teaches_to_stop(tmp_path):
+    long = chat("q", "word " * 200)
+    file = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b"), long])
+    train, _ = load_sft(file, repo_tokenizer(), 64, cut_answers=True, pack=False)
+    ids, mask = render_conversation(repo_tokenizer(), long["conversations"])
+    assert train[1]["input_ids"].tolist() == ids[:64]
+    assert train[1]["labels"].tolist() == [i if m else -100 for i, m in zip(ids[:64], mask[:64])]
+    assert 2 not in train[1]["labels"] and 2 in train[0]["labels"]
+    assert train.row_targets[1] == sum(mask[:64]) and train.report()["cut_documents"] == 1
+
+
 def test_data_without_an_answer_that_fits_is_an_error(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [chat("x" * 500, "y")])
     with pytest.raises(DataError, match="nothing left to train on.*raise --max_seq_len"):

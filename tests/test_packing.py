@@ -106,6 +106,13 @@ def test_cutting_conversations_by_hand():
     # the first fits; the second has no answer that ends within 10; the third keeps two of three answers
     assert list(zip(starts.tolist(), kept.tolist())) == [(0, 10), (22, 8)]
     assert (counts["cut_documents"], counts["dropped_documents"], counts["dropped_tokens"]) == (1, 1, 12 + 5)
+    # with cut answers: the second keeps the first two tokens of its answer, the third one token of its last
+    starts, kept, counts = packing.cut_conversations(cache, np.arange(3), 10, cut_answers=True)
+    assert list(zip(starts.tolist(), kept.tolist())) == [(0, 10), (10, 10), (22, 10)]
+    assert packing.count_targets(cache.answer_starts, cache.answer_ends, starts, kept).tolist() == [4, 2, 5]
+    assert (counts["cut_documents"], counts["dropped_documents"], counts["dropped_tokens"]) == (2, 0, 2 + 3)
+    starts, kept, _ = packing.cut_conversations(cache, np.arange(3), 8, cut_answers=True)
+    assert list(zip(starts.tolist(), kept.tolist())) == [(0, 5), (22, 8)]  # no answer has begun after 8 of 12
     starts, kept, _ = packing.cut_conversations(cache, np.array([1]), 11)
     assert list(zip(starts.tolist(), kept.tolist())) == [(10, 11)]
 
