@@ -166,7 +166,7 @@ def question_text(query: Query, fact: dict, core: str, frame: str) -> str:
     """Fill a core with the fact's subject (object when asked in reverse) and put the frame around it."""
     subject, obj = fact[query.language]
     core = fill_slots(core, subject, obj, query.language)
-    text = frame
+    text = frame.replace("{what}", query.what).replace("{What}", upper_first(query.what))
     for slot in ("q", "np", "e", "fill"):
         text = text.replace("{" + slot.capitalize() + "}", upper_first(core)).replace("{" + slot + "}", core)
     return clean_zh(text, query.language)

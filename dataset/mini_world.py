@@ -298,7 +298,7 @@ LANDMARKS = """
 Eiffel Tower|埃菲尔铁塔|Paris|巴黎
 Colosseum|斗兽场|Rome|罗马
 Forbidden City|故宫|Beijing|北京
-Big Ben|大本钟|London|伦敦
+Big Ben clock tower|大本钟|London|伦敦
 Red Square|红场|Moscow|莫斯科
 Parthenon|帕特农神庙|Athens|雅典
 Statue of Liberty|自由女神像|New York|纽约
@@ -578,6 +578,7 @@ class Query:
     answer: str  # canonical answer sentence, contains {s} and {o} as seen from this direction
     cores: dict[str, list[str]]  # kind -> question cores
     statements: list[str]
+    what: str = ""  # question word after a noun phrase: what / who, 什么 / 谁 / 哪里 / 多少
     followup: str = "{s}"  # how the subject is named in "And what about ...?"
 
 
@@ -604,8 +605,12 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().splitlines() if line.strip()]
 
 
-def _query(language: str, answer: str, statements: str, followup: str = "{s}", **cores: str) -> Query:
-    return Query(language, answer, {k: _lines(v) for k, v in cores.items()}, _lines(statements), followup)
+def _query(
+    language: str, answer: str, statements: str, what: str = "", followup: str = "{s}", **cores: str
+) -> Query:
+    what = what or ("what" if language == "en" else "什么")
+    texts = {kind: _lines(lines) for kind, lines in cores.items()}
+    return Query(language, answer, texts, _lines(statements), what, followup)
 
 
 def build_relations() -> list[Relation]:
@@ -740,12 +745,13 @@ def build_relations() -> list[Relation]:
         作为首都,{s}选择了{o}。
         去{s}的首都,就是去{o}。
         """,
+        what="哪里",
         np="""
         {s}的首都
         {s}的首都名称
         {s}的首都城市
         {s}这个国家的首都
-        {s}首都的名字
+        {s}首都所在的城市
         """,
         q="""
         {s}的首都是哪里
@@ -781,6 +787,7 @@ def build_relations() -> list[Relation]:
         把首都设在{o}的国家是{s}。
         首都是{o}的国家叫{s}。
         """,
+        what="哪个",
         np="""
         以{o}为首都的国家
         首都是{o}的国家
@@ -872,6 +879,7 @@ def build_relations() -> list[Relation]:
         从地图上看,{s}在{o}。
         {s}:{o}国家。
         """,
+        what="哪个",
         np="""
         {s}所在的大洲
         {s}所属的大洲
@@ -1323,6 +1331,7 @@ def build_relations() -> list[Relation]:
         {s}在元素周期表中排第{o}。
         {s}:原子序数{o}。
         """,
+        what="多少",
         np="""
         {s}的原子序数
         {s}元素的原子序数
@@ -1570,6 +1579,7 @@ def build_relations() -> list[Relation]:
         {s}在行星中排{o}。
         {s}的行星顺序是{o}。
         """,
+        what="第几",
         np="""
         {s}在行星中的顺序
         {s}在八大行星中的顺序
@@ -1601,24 +1611,28 @@ def build_relations() -> list[Relation]:
         The {s} is the work of {o}.
         The inventor of the {s} is {o}.
         The inventor of the {s} was {o}.
+        The creator of the {s} was {o}.
+        The person behind the {s} is {o}.
         The person who invented the {s} was {o}.
         For the {s} we thank its inventor, {o}.
         The {s}: invented by {o}.
         {o} invented the {s}.
         {o} is the inventor of the {s}.
         """,
+        what="who",
         np="""
         the inventor of the {s}
-        the person who invented the {s}
-        the name of the inventor of the {s}
-        the name of the person who invented the {s}
+        the creator of the {s}
+        the person behind the {s}
         """,
         w="""
         who invented the {s}
         who created the {s}
         who is the inventor of the {s}
         who was the inventor of the {s}
+        who was the creator of the {s}
         which person invented the {s}
+        who is the person who invented the {s}
         which inventor created the {s}
         """,
         q="""
@@ -1653,6 +1667,7 @@ def build_relations() -> list[Relation]:
         {o}发明了{s}。
         {o}是{s}的发明者。
         """,
+        what="谁",
         np="""
         {s}的发明者
         {s}的发明人
@@ -1697,12 +1712,12 @@ def build_relations() -> list[Relation]:
         {o} wrote {s}.
         {o} is the author of {s}.
         """,
+        what="who",
         np="""
         the author of {s}
         the author of the book {s}
         the writer of {s}
-        the name of the author of {s}
-        the person who wrote {s}
+        the writer of the book {s}
         """,
         w="""
         who wrote {s}
@@ -1711,6 +1726,7 @@ def build_relations() -> list[Relation]:
         who is the writer of {s}
         which author wrote {s}
         which writer wrote {s}
+        who is the person who wrote {s}
         """,
         q="""
         by whom was {s} written
@@ -1744,6 +1760,7 @@ def build_relations() -> list[Relation]:
         {o}写了{s}。
         {o}是{s}的作者。
         """,
+        what="谁",
         np="""
         {s}的作者
         {s}这本书的作者
@@ -1841,6 +1858,7 @@ def build_relations() -> list[Relation]:
         想看{s}要去{o}。
         {o}有{s}。
         """,
+        what="哪里",
         np="""
         {s}所在的城市
         {s}位于的城市
@@ -2044,7 +2062,6 @@ def build_relations() -> list[Relation]:
         {s}共有{o}{p}。
         {s}一共有{o}{p}。
         {s}正好有{o}{p}。
-        {s}里有{o}{p}。
         大家都知道{s}有{o}{p}。
         """,
         q="""
@@ -2054,7 +2071,6 @@ def build_relations() -> list[Relation]:
         {s}共有几{p}
         {s}一共有多少{p}
         {s}一共有几{p}
-        {s}里有多少{p}
         {s}正好有多少{p}
         多少{p}组成{s}
         """,
@@ -2288,6 +2304,7 @@ def build_relations() -> list[Relation]:
         写{s}的诗人是{o}。
         诗人{o}写了{s}。
         """,
+        what="谁",
         np="""
         古诗{s}的作者
         {s}这首诗的作者
@@ -2351,9 +2368,9 @@ FRAMES_EN = {
         """),
     # around a noun phrase
     "np": _lines("""
-        What is {np}?
-        What is {np}?
-        What's {np}?
+        {What} is {np}?
+        {What} is {np}?
+        {What}'s {np}?
         Tell me {np}.
         Please tell me {np}.
         Can you tell me {np}?
@@ -2370,13 +2387,13 @@ FRAMES_EN = {
         I forgot {np}. Can you help?
         {Np}?
         {Np}, please.
-        Hi, what is {np}?
-        Hello! What is {np}?
-        Please answer: what is {np}?
-        Question: what is {np}?
-        Quick question: what is {np}?
-        I have a question. What is {np}?
-        What is {np}? Thanks.
+        Hi, {what} is {np}?
+        Hello! {What} is {np}?
+        Please answer: {what} is {np}?
+        Question: {what} is {np}?
+        Quick question: {what} is {np}?
+        I have a question. {What} is {np}?
+        {What} is {np}? Thanks.
         Do you remember {np}?
         My question is about {np}.
         """),
@@ -2448,7 +2465,7 @@ FRAMES_ZH = {
         那么{q}?
         """),
     "np": _lines("""
-        {np}是什么?
+        {np}是{what}?
         请告诉我{np}。
         告诉我{np}。
         你知道{np}吗?
@@ -2460,14 +2477,14 @@ FRAMES_ZH = {
         请说出{np}。
         {np}?
         {np}呢?
-        请问{np}是什么?
-        你好,{np}是什么?
+        请问{np}是{what}?
+        你好,{np}是{what}?
         你好,请告诉我{np}。
         我忘了{np},请告诉我。
         我想了解{np}。
         你记得{np}吗?
-        请回答:{np}是什么?
-        问题:{np}是什么?
+        请回答:{np}是{what}?
+        问题:{np}是{what}?
         """),
     "fill": _lines("""
         {fill}……
