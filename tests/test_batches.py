@@ -62,7 +62,9 @@ def test_micro_batches_are_equal_parts_of_the_share():
 
 def test_an_impossible_split_names_the_remedy():
     rt = SimpleNamespace(world_size=2)
-    with pytest.raises(TrainingError, match="3 rows per step cannot be shared by 2 processes.*--batch_size 4"):
+    with pytest.raises(
+        TrainingError, match="3 rows per step cannot be shared by 2 processes.*--batch_size 4"
+    ):
         batches.check_split(settings(batch_size=3, accumulation_steps=1), rt)
 
 

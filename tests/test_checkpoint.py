@@ -14,7 +14,9 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointError
 
-SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=100)
+SHAPE = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=100
+)
 
 
 def new_model(**changes):
@@ -151,7 +153,9 @@ def test_missing_and_unexpected_names(tmp_path):
 def test_another_vocabulary_is_refused(tmp_path):
     tokenizer = checkpoint.load_tokenizer()
     model = new_model(vocab_size=6400)
-    checkpoint.load_weights(model, saved(tmp_path, model, tokenizer=checkpoint.tokenizer_hash(tokenizer)), tokenizer)
+    checkpoint.load_weights(
+        model, saved(tmp_path, model, tokenizer=checkpoint.tokenizer_hash(tokenizer)), tokenizer
+    )
     with pytest.raises(CheckpointError, match="trained with vocabulary 0123, this run uses"):
         checkpoint.load_weights(model, saved(tmp_path, model, tokenizer="0123"), tokenizer)
 
@@ -216,7 +220,9 @@ def test_broken_weights_never_replace_good_ones(tmp_path, poison):
     model = new_model()
     with torch.no_grad():
         model.model.norm.weight[3] = poison
-    with pytest.raises(CheckpointError, match="NaN or infinity and were not saved.*previous file is still there"):
+    with pytest.raises(
+        CheckpointError, match="NaN or infinity and were not saved.*previous file is still there"
+    ):
         saved(tmp_path, model)
     assert path.read_bytes() == before
 

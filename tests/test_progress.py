@@ -129,14 +129,14 @@ def test_open_sums_survive_a_resume(tmp_path):
 
 
 def test_the_curve_is_a_picture(tmp_path):
-    train("pretrain", tmp_path, steps=6)
+    train("pretrain", tmp_path, steps=6, curve=True)
     picture = tmp_path / "out/pretrain_curve.png"
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
 
 
 def test_without_matplotlib_training_still_ends_well(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    train("pretrain", tmp_path, steps=2)
+    train("pretrain", tmp_path, steps=2, curve=True)
     assert "pip install matplotlib" in capsys.readouterr().out
     assert not (tmp_path / "out/pretrain_curve.png").exists()
 
@@ -145,7 +145,9 @@ def test_without_matplotlib_training_still_ends_well(tmp_path, monkeypatch, caps
 def test_a_missing_tracker_is_named_before_training(tmp_path, monkeypatch, tracker, capsys):
     import sys
 
-    for name in [n for n in sys.modules if n.split(".")[0] == tracker or n.startswith("torch.utils.tensorboard")]:
+    for name in [
+        n for n in sys.modules if n.split(".")[0] == tracker or n.startswith("torch.utils.tensorboard")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, tracker, None)
     with pytest.raises(SystemExit) as end:
@@ -201,7 +203,9 @@ def offline(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tracker, folder", [("swanlab", "swanlog"), ("wandb", "wandb"), ("tensorboard", "runs")])
+@pytest.mark.parametrize(
+    "tracker, folder", [("swanlab", "swanlog"), ("wandb", "wandb"), ("tensorboard", "runs")]
+)
 def test_real_trackers_work_offline(tmp_path, monkeypatch, tracker, folder):
     pytest.importorskip(tracker)
     offline(monkeypatch, tmp_path)

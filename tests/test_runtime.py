@@ -65,7 +65,9 @@ def test_bfloat16_on_cpu_means_amx_or_avx512_bf16(name, expected, monkeypatch):
     assert runtime.cpu_has_bfloat16() is expected
 
 
-@pytest.mark.parametrize("flags, expected", [("sse avx512_bf16", True), ("sse amx_bf16 x", True), ("sse", False)])
+@pytest.mark.parametrize(
+    "flags, expected", [("sse avx512_bf16", True), ("sse amx_bf16 x", True), ("sse", False)]
+)
 def test_older_torch_asks_the_kernel(flags, expected, monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)

@@ -3,13 +3,18 @@
 import importlib
 import json
 import random
+import signal
 import sys
 from pathlib import Path
+
+import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-WORDS = "sun moon red blue water stone bird tree seven three runs sleeps 天 地 水 山 学习 你好 fast slow".split()
+WORDS = (
+    "sun moon red blue water stone bird tree seven three runs sleeps 天 地 水 山 学习 你好 fast slow".split()
+)
 TINY = "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --num_key_value_heads 1".split()
 MOE = "--use_moe 1 --num_experts 3 --moe_intermediate_size 32".split()
 
@@ -58,12 +63,20 @@ def flags(stage, folder, *more, steps=6) -> list[str]:
     return [*base, *TINY, *map(str, more)]
 
 
-def train(stage, folder, *more, steps=6):
-    """Run a stage in this process, as its script would."""
-    from trainer import cli
+def train(stage, folder, *more, steps=6, curve=False):
+    """Run a stage in this process, as its script would; the picture at the end takes as long as the rest."""
+    from trainer import cli, progress
 
     module = stage_module(stage)
-    cli.run(module.main, module.parse_args, flags(stage, folder, *more, steps=steps))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if not curve:
+                patch.setattr(progress, "draw_curve", lambda log, picture: False)
+            cli.run(module.main, module.parse_args, flags(stage, folder, *more, steps=steps))
+    finally:  # a run that fails ends its process, so it leaves its handlers
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def weights(folder, name="pretrain_32.pth") -> dict:

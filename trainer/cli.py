@@ -500,6 +500,22 @@ def schedule(args) -> dict:
     }
 
 
+def build_optimizers(model, args, rt) -> list:
+    """The optimizers of the flags. With --dtype float32 Muon's iteration is float32 too: in bfloat16 it magnifies the last
+    digit of a sum, and runs that differ only in the number of processes drift apart."""
+    import torch
+
+    from trainer import optim
+
+    optimizers = optim.build_optimizers(
+        model, args.optimizer, args.learning_rate, args.muon_lr, args.weight_decay, args.betas
+    )
+    for optimizer in optimizers:
+        if rt.dtype == torch.float32 and hasattr(optimizer, "ns_dtype"):
+            optimizer.ns_dtype = torch.float32
+    return optimizers
+
+
 def find_data(args, names, mini: str) -> str:
     """--data_path, or the first of the public files `names` that lies in dataset/, or the embedded curriculum's file `mini`,
     which is written on demand. Says what it chose when it chose."""

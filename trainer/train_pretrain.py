@@ -82,9 +82,7 @@ def main(args):
     saved = checkpoint.find_resume(args, model.config, tokenizer, data, len(train), rt)
     parent = saved["run"]["parent"] if saved else checkpoint.load_from_weight(model, args, tokenizer, rt)
     model = runtime.wrap(runtime.maybe_compile(model, args.use_compile, rt), rt)
-    optimizers = optim.build_optimizers(
-        model, args.optimizer, args.learning_rate, args.muon_lr, args.weight_decay, args.betas
-    )
+    optimizers = cli.build_optimizers(model, args, rt)
 
     def update(step, micro_batches):
         rt.seed_step(step)
