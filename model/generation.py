@@ -1,24 +1,27 @@
 """Sampling text from a model, fast: every prompt is read once, then all rows grow by one token per step.
 
-    engine = Generator(model)                                        # packs the weights; dtype="auto" | "float32" | "int8"
+    engine = Generator(model)                      # packs the weights; dtype="auto", "float32", "int8", ...
     answers = engine.generate(prompts, max_new_tokens=128, temperature=0.8, num_return_sequences=4, seed=1)
     answers[0].ids, answers[0].logprobs, answers[0].finish_reason
     for piece in engine.stream(prompt, tokenizer, temperature=0.8): print(piece, end="")
-    generate(model, prompts, ...), stream(model, prompt, tokenizer, ...)               # the same for one call
 
-`prompts` is a list of lists of token ids, of unequal length; answers come back as a, a, b, b. Every setting is a field of
-`Sampling`, an unknown one is an error. For a benchmark, time `engine.generate(prompts, max_new_tokens=256, temperature=0,
-ignore_eos=True)`: it makes exactly `max_new_tokens` tokens per row, and counts of tokens are in the answers.
+`prompts` is a list of lists of token ids, of unequal length; answers come back as a, a, b, b. Every setting
+is a field of `Sampling`, an unknown one is an error. For a benchmark, time `engine.generate(prompts,
+max_new_tokens=256, temperature=0, ignore_eos=True)`: it makes exactly `max_new_tokens` tokens per row, and
+counts of tokens are in the answers.
 
 How it is fast:
-- q, k and v of a layer are one matrix, gate and up another, stored in the layout the CPU's matrix kernels want.
-- Keys and values live in one preallocated block, right-aligned: all rows write the same slot in every step, and a step
-  multiplies only the filled part. The queries that share a key/value head are the rows of one product: nothing is repeated.
+- q, k and v of a layer are one matrix, gate and up another, stored in the layout the CPU's matrix kernels
+  want.
+- Keys and values live in one preallocated block, right-aligned: all rows write the same slot in every step,
+  and a step multiplies only the filled part. The queries that share a key/value head are the rows of one
+  product: nothing is repeated.
 - A prompt is read once for all its samples, prompts of equal length together and without padding.
 - A finished row is replaced by the last one, so that the batch has no idle rows.
 - Sampling needs one softmax, and sorts only as many candidates as top-p asks for.
 
-Dimensions: n rows in flight, L layers, H query heads, K key/value heads, R = H / K, hd head size, S slots, V vocabulary.
+Dimensions: n rows in flight, L layers, H query heads, K key/value heads, R = H / K, hd head size, S slots, V
+vocabulary.
 """
 
 import hashlib
@@ -32,17 +35,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.model_minimind import rope_frequencies, route
+from model.model_minimind import attention, block_biases, rope_frequencies, route
 
-# --------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # What is asked for, and what comes back
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Sampling:
-    """How to choose tokens and when to stop. The processors act in this order, as in transformers: repetition penalty,
-    temperature, top_k, top_p, min_p.
+    """How to choose tokens and when to stop. The processors act in this order, as in transformers: repetition
+    penalty, temperature, top_k, top_p, min_p.
 
     Args:
         max_new_tokens: at most this many tokens per answer.
@@ -50,11 +53,12 @@ class Sampling:
         top_k: only the k likeliest tokens; 0 = all.
         top_p: only the likeliest tokens that together reach this probability; 1 = all.
         min_p: only tokens at least this many times as likely as the likeliest; 0 = all.
-        repetition_penalty: positive logits of tokens seen before are divided by it, negative ones multiplied; 1 = off.
+        repetition_penalty: positive logits of tokens seen before are divided by it, negative ones multiplied;
+            1 = off.
         penalize_prompt: the prompt's tokens count as seen.
         num_return_sequences: answers per prompt.
-        seed: int, or None = drawn from torch's generator. A row's draws depend on (seed, prompt, number of the sample)
-            only, not on its neighbours in the batch.
+        seed: int, or None = drawn from torch's generator. A row's draws depend on (seed, prompt, number of
+            the sample) only, not on its neighbours in the batch.
         eos_token_ids: tokens that end an answer (kept in `ids`); None = those of the model's configuration.
         ignore_eos: never end at such a token.
         stop_token_ids: more tokens that end an answer, with finish reason "stop".
@@ -103,8 +107,9 @@ class Sampling:
 
 @dataclass
 class Completion:
-    """One answer. `logprobs` (float32, one per token) are of the distribution each token was drawn from: after penalty,
-    temperature and truncation, renormalised. With temperature 0, of the distribution at temperature 1."""
+    """One answer. `logprobs` (float32, one per token) are of the distribution each token was drawn from:
+    after penalty, temperature and truncation, renormalised. With temperature 0, of the distribution at
+    temperature 1."""
 
     prompt_index: int
     ids: list[int]
@@ -118,20 +123,21 @@ class Completion:
         return len(self.ids)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Sampling one token
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """CTRL's repetition penalty (https://arxiv.org/abs/1909.05858, section 4.1) made to lower negative logits too.
-    logits (n, V), seen (n, V) bool."""
+    """CTRL's repetition penalty (https://arxiv.org/abs/1909.05858, section 4.1) made to lower negative logits
+    too. logits (n, V), seen (n, V) bool."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sampling_log_probs(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None = None):
-    """The distribution `sample` draws from, written plainly: logits (n, V) -> log-probabilities (n, V), -inf where a token
-    cannot be drawn. A scorer needs it when samples were truncated; the tests hold `sample` to it."""
+    """The distribution `sample` draws from, written plainly: logits (n, V) -> log-probabilities (n, V), -inf
+    where a token cannot be drawn. A scorer needs it when samples were truncated; the tests hold `sample` to
+    it."""
     logits = logits.float()
     if seen is not None and sampling.repetition_penalty != 1:
         logits = penalize(logits, seen, sampling.repetition_penalty)
@@ -155,8 +161,8 @@ def sampling_log_probs(logits: torch.Tensor, sampling: Sampling, seen: torch.Ten
 def sample(logits, sampling: Sampling, uniform, seen=None) -> tuple[torch.Tensor, torch.Tensor]:
     """logits (n, V), one number in [0, 1) per row (n,) -> tokens (n,) int64 and their log-probs (n,) float32.
 
-    The token is where the running sum of probabilities passes the row's number, so a row's choice depends on nothing but
-    its own logits and number.
+    The token is where the running sum of probabilities passes the row's number, so a row's choice depends on
+    nothing but its own logits and number.
     """
     logits = logits.float()
     if seen is not None and sampling.repetition_penalty != 1:
@@ -178,9 +184,12 @@ def sample(logits, sampling: Sampling, uniform, seen=None) -> tuple[torch.Tensor
 
 
 def sample_truncated(logits, sampling: Sampling, uniform, level: int = 0):
-    """Top-k and top-p look at the likeliest candidates only; rows whose nucleus is wider are tried again with more."""
+    """Top-k and top-p look at the likeliest candidates only; rows whose nucleus is wider are tried again with
+    more."""
     V = logits.shape[-1]
-    widths = (64, 512, V) if logits.device.type == "cpu" else (V,)  # a sort of everything costs a CPU 0.3 ms per row
+    widths = (
+        (64, 512, V) if logits.device.type == "cpu" else (V,)
+    )  # a sort of everything costs a CPU 0.3 ms per row
     width = min(sampling.top_k or widths[level], V)
     values, ids = logits.topk(width)  # (n, width), likeliest first
     if sampling.top_k:
@@ -203,8 +212,8 @@ def sample_truncated(logits, sampling: Sampling, uniform, level: int = 0):
 
 
 def draw(weights, uniform):
-    """Index (n,) at which the running sum of weights (n, W) first exceeds uniform (n,) times the total. A weight of zero
-    adds nothing to the sum and is never where it is exceeded."""
+    """Index (n,) at which the running sum of weights (n, W) first exceeds uniform (n,) times the total. A
+    weight of zero adds nothing to the sum and is never where it is exceeded."""
     running = weights.cumsum(-1)
     target = uniform[:, None] * running[:, -1:]
     return torch.searchsorted(running, target, right=True).squeeze(1).clamp(max=weights.shape[-1] - 1)
@@ -222,8 +231,9 @@ def signed(x: int) -> int:
 
 
 def uniforms(seeds: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """Numbers in [0, 1) for steps start ... start + count - 1 of every row: seeds (n,) int64 -> (count, n) float32.
-    SplitMix64 (Steele, Lea & Flood 2014): a Weyl sequence through a mixing function; int64 wraps around as needed."""
+    """Numbers in [0, 1) for steps start ... start + count - 1 of every row: seeds (n,) int64 -> (count, n)
+    float32. SplitMix64 (Steele, Lea & Flood 2014): a Weyl sequence through a mixing function; int64 wraps
+    around as needed."""
 
     def shift(x, bits):  # int64 shifts copy the sign: clear it
         return (x >> bits) & ((1 << (64 - bits)) - 1)
@@ -237,8 +247,8 @@ def uniforms(seeds: torch.Tensor, start: int, count: int) -> torch.Tensor:
 
 
 def row_seeds(prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-    """One 63-bit seed per answer from (seed, prompt, number of the answer). A prompt given twice counts on, so that its
-    answers differ as those of `num_return_sequences` do."""
+    """One 63-bit seed per answer from (seed, prompt, number of the answer). A prompt given twice counts on,
+    so that its answers differ as those of `num_return_sequences` do."""
     seed = sampling.seed
     if seed is None:
         seed = int(torch.randint(1 << 62, ()))
@@ -256,14 +266,14 @@ def row_seeds(prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
     return result
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Text out of tokens
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 class TextStream:
-    """Turns tokens into text as they come. A character whose bytes are still incomplete waits for the next token, and so
-    does the beginning of what may become a stop string."""
+    """Turns tokens into text as they come. A character whose bytes are still incomplete waits for the next
+    token, and so does the beginning of what may become a stop string."""
 
     def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
         self.tokenizer, self.stop = tokenizer, stop
@@ -274,7 +284,8 @@ class TextStream:
         self.stopped = False
 
     def put(self, token: int, last: bool = False) -> str:
-        """One more token -> the text that is certain now, often none. `last` also hands out what was waiting."""
+        """One more token -> the text that is certain now, often none. `last` also hands out what was
+        waiting."""
         if self.stopped:
             return ""
         self.ids.append(token)
@@ -316,14 +327,16 @@ def common_end(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Weights
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def cpu_has_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 natively (AMX or AVX512-BF16)."""
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    probes = (
+        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
     return any(probe() for probe in probes if probe is not None)
 
 
@@ -345,7 +358,8 @@ def choose_dtype(wanted, device: torch.device) -> torch.dtype:
 
 
 def weight_of(linear: nn.Module) -> torch.Tensor:
-    """The matrix (out, in) a layer multiplies with. A module whose `forward` was replaced computes something else."""
+    """The matrix (out, in) a layer multiplies with. A module whose `forward` was replaced computes something
+    else."""
     if not isinstance(linear, nn.Linear) or "forward" in linear.__dict__ or linear.bias is not None:
         raise ValueError(
             f"generation works on plain linear layers without bias, not on {type(linear).__name__} with its own forward: "
@@ -357,9 +371,9 @@ def weight_of(linear: nn.Module) -> torch.Tensor:
 class Linear:
     """y = x W^T with W in the layout the kernels like best.
 
-    On x86 CPUs oneDNN's packed matrices are 2-2.5 times as fast as torch's own product for 1 to 64 rows. With `int8`,
-    weights are rounded to 8 bits with one scale per output: few rows multiply them directly (half the memory traffic of
-    bfloat16), more rows use the same rounded values in bfloat16.
+    On x86 CPUs oneDNN's packed matrices are 2-2.5 times as fast as torch's own product for 1 to 64 rows. With
+    `int8`, weights are rounded to 8 bits with one scale per output: few rows multiply them directly (half the
+    memory traffic of bfloat16), more rows use the same rounded values in bfloat16.
     """
 
     INT8_ROWS = 4
@@ -381,7 +395,9 @@ class Linear:
             and torch.backends.mkldnn.is_available()
         )
         # The number is the expected rows: the layout chosen for many rows is also the fastest for one.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1024) if self.packed else weight
+        self.weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1024) if self.packed else weight
+        )
 
     def __call__(self, x):
         """x (n, in) -> (n, out)."""
@@ -450,16 +466,18 @@ def rms_norm(x, weight, eps):
     return (x32 * scale).to(x.dtype).mul_(weight)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Keys and values
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 class KeyValueCache:
-    """Keys and values of all layers and rows, right-aligned: the next token of every row goes to slot `length`.
+    """Keys and values of all layers and rows, right-aligned: the next token of every row goes to slot
+    `length`.
 
-    values (L, rows * K, S, hd); keys the same, or (L, rows * K, hd, S) where that multiplies faster. Row i's first token
-    lies in slot pad[i]; `bias` (rows * K, 1, S) is -inf before it, or None when all rows start in slot 0.
+    values (L, rows * K, S, hd); keys the same, or (L, rows * K, hd, S) where that multiplies faster. Row i's
+    first token lies in slot pad[i]; `bias` (rows * K, 1, S) is -inf before it, or None when all rows start in
+    slot 0.
     """
 
     def __init__(self, L, K, hd, pad: list[int], length: int, limit: int, dtype, device):
@@ -513,16 +531,22 @@ class KeyValueCache:
             self.bias = None
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # The engine
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Row:
     """One answer in the making."""
 
     def __init__(self, index, prompt_index, prompt, seed, text):
-        self.index, self.prompt_index, self.prompt, self.seed, self.text = index, prompt_index, prompt, seed, text
+        self.index, self.prompt_index, self.prompt, self.seed, self.text = (
+            index,
+            prompt_index,
+            prompt,
+            seed,
+            text,
+        )
         self.ids: list[int] = []
         self.logprobs: list[float] = []
 
@@ -542,9 +566,10 @@ class Generator:
     """A model's weights, packed for sampling.
 
     Args:
-        model: a MiniMindForCausalLM, dense or mixture. It may go on training: changed parameters are noticed at the next
-            call (`refresh()` does it at once, and is needed after writing to `parameter.data`).
-        dtype: "auto" = bfloat16 where the processor multiplies it natively, else float32; "int8" = 8-bit weights.
+        model: a MiniMindForCausalLM, dense or mixture. It may go on training: changed parameters are noticed
+            at the next call (`refresh()` does it at once, and is needed after writing to `parameter.data`).
+        dtype: "auto" = bfloat16 where the processor multiplies it natively, else float32; "int8" = 8-bit
+            weights.
         max_rows: rows in flight at once; more are done in turns.
         prefill_tokens: prompt tokens read at once (bounds memory).
     """
@@ -561,7 +586,7 @@ class Generator:
         self.scale = self.hd**-0.5
         self.refresh()
 
-    # ---- weights ----------------------------------------------------------------------------------------------------
+    # ---- weights -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def refresh(self):
@@ -594,7 +619,7 @@ class Generator:
             )
         return self.tables
 
-    # ---- layers -----------------------------------------------------------------------------------------------------
+    # ---- layers ------------------------------------------------------------------------------------------
 
     def rotate(self, x, cos, sin):
         """x (..., hd) turned by its angle: swapping halves and signing sin equals the model's `rotate`."""
@@ -620,8 +645,9 @@ class Generator:
         return x + y
 
     def prefill(self, prompts: list[list[int]], N: int, cache: KeyValueCache) -> torch.Tensor:
-        """Read prompts sorted by length into the cache, N rows each -> logits (len(prompts) * N, V) after their last
-        tokens. Prompts of one length form a batch; matrices see all tokens at once, attention one batch at a time."""
+        """Read prompts sorted by length into the cache, N rows each -> logits (len(prompts) * N, V) after
+        their last tokens. Prompts of one length form a batch; matrices see all tokens at once, attention one
+        batch at a time."""
         logits = []
         for first, last in self.prefill_chunks(prompts):
             logits.append(self.prefill_chunk(prompts[first:last], first, N, cache))
@@ -638,10 +664,13 @@ class Generator:
 
     def prefill_chunk(self, prompts, first_prompt, N, cache):
         K, R, hd = self.K, self.R, self.hd
-        groups = []  # (first token, prompts, T, first row)
+        groups = []  # (first token, prompts, T, first row, mask)
         start, row, lengths = 0, first_prompt * N, Counter(map(len, prompts))
         for T, G in sorted(lengths.items()):
-            groups.append((start, G, T, row))
+            mask = None  # plain products beat the fused kernel of the CPU on short prompts
+            if self.device.type == "cpu" and T <= 1024:
+                mask = block_biases(T, None, self.dtype, self.device)
+            groups.append((start, G, T, row, mask))
             start, row = start + G * T, row + G * N
         cos, sin = self.rotary(len(prompts[-1]))
         positions = torch.cat([torch.arange(len(p)) for p in prompts]).to(self.device)
@@ -656,23 +685,16 @@ class Generator:
                 qk = rms_norm(qk, layer.head_norm, self.config.rms_norm_eps)
             qk = self.rotate(qk, cos, sin)
             out = torch.empty(x.shape[0], K * R * hd, dtype=x.dtype, device=x.device)
-            for start, G, T, row in groups:
+            for start, G, T, row, mask in groups:
                 part = slice(start, start + G * T)
-                q = qk[part, :, :R].reshape(G, T, K * R, hd).transpose(1, 2)
-                k = qk[part, :, R].reshape(G, T, K, hd).transpose(1, 2)
-                value = v[part].reshape(G, T, K, hd).transpose(1, 2)
+                q = qk[part, :, :R].reshape(G, T, K * R, hd)
+                k, value = (t.view(G, T, K, hd) for t in (qk[part, :, R], v[part]))
                 rows, slots = slice(row * K, (row + G * N) * K), slice(cache.length - T, cache.length)
                 for block, new in ((straight_keys, k), (cache.values, value)):
                     block[i, rows, : cache.length - T] = 0  # masked, but NaN * 0 would be NaN
-                    block[i, rows, slots].view(G, N, K, T, hd).copy_(new[:, None])
-                attended = F.scaled_dot_product_attention(
-                    q,
-                    k.repeat_interleave(R, dim=1),
-                    value.repeat_interleave(R, dim=1),
-                    is_causal=True,
-                    scale=self.scale,
-                )
-                out[part] = attended.transpose(1, 2).reshape(G * T, -1)
+                    block[i, rows, slots].view(G, N, K, T, hd).copy_(new.transpose(1, 2)[:, None])
+                attended = attention(q, k, value, mask)
+                out[part] = attended.reshape(G * T, -1)
             x = self.feed_forward(layer, layer.out.add(out, x))
         ends = torch.tensor([len(p) for p in prompts], device=self.device).cumsum(0) - 1
         return self.logits(x[ends])
@@ -725,7 +747,7 @@ class Generator:
             x = self.feed_forward(layer, layer.out.add(out.view(n, K * R * hd), x))
         return self.logits(x)
 
-    # ---- answers ----------------------------------------------------------------------------------------------------
+    # ---- answers -----------------------------------------------------------------------------------------
 
     def check(self, prompts):
         limit, V = self.config.max_position_embeddings, self.config.vocab_size
@@ -737,11 +759,14 @@ class Generator:
                     f"prompt {i} has {len(prompt)} tokens, but the model has {limit} positions: nothing could be added"
                 )
             if min(prompt) < 0 or max(prompt) >= V:
-                raise ValueError(f"prompt {i} holds a token id outside 0..{V - 1}: was another tokenizer used?")
+                raise ValueError(
+                    f"prompt {i} holds a token id outside 0..{V - 1}: was another tokenizer used?"
+                )
 
     @torch.inference_mode()
     def steps(self, prompts: list[list[int]], tokenizer=None, **settings) -> Iterator[list[Token]]:
-        """Yield, after each step, the new token of every row in flight. `generate` and `stream` are built on it."""
+        """Yield, after each step, the new token of every row in flight. `generate` and `stream` are built on
+        it."""
         sampling = Sampling.of(settings)
         prompts = [list(map(int, p)) for p in prompts]
         self.check(prompts)
@@ -755,14 +780,21 @@ class Generator:
         per_turn = max(self.max_rows // N, 1)
         for first in range(0, len(order), per_turn):
             rows = [
-                Row(i * N + j, i, prompts[i], seeds[i][j], TextStream(tokenizer, sampling.stop) if tokenizer else None)
+                Row(
+                    i * N + j,
+                    i,
+                    prompts[i],
+                    seeds[i][j],
+                    TextStream(tokenizer, sampling.stop) if tokenizer else None,
+                )
                 for i in order[first : first + per_turn]
                 for j in range(N)
             ]
             yield from self.run(rows, sampling)
 
     def run(self, rows: list[Row], sampling: Sampling) -> Iterator[list[Token]]:
-        """All rows from their prompts to their ends; rows of one prompt are neighbours, prompts sorted by length."""
+        """All rows from their prompts to their ends; rows of one prompt are neighbours, prompts sorted by
+        length."""
         N, device = sampling.num_return_sequences, self.device
         limit = self.config.max_position_embeddings
         eos = sampling.eos_token_ids
