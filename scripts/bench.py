@@ -42,7 +42,16 @@ NAMES = {
     "ours": "ours",
     "transformers": "transformers Qwen3",
     "minimind": "MiniMind as shipped",
-    "minimind_fast": "MiniMind + autocast + compile",
+    "minimind_fast": "MiniMind, patched",
+}
+
+
+CHOICES = {
+    "contenders": list(NAMES),
+    "device": ["auto", "cpu", "cuda"],
+    "clock": ["wall", "cpu"],
+    "peer_dtype": ["auto", "float32", "bfloat16"],
+    "dtypes": ["float32", "bfloat16", "float16", "int8"],
 }
 
 
@@ -246,11 +255,9 @@ def peer_job(args, contender, **more) -> dict:
         autocast=args.device == "cuda",
         compile=False,
     )
-    if contender == "minimind":
-        job["compile"] = args.device == "cuda" and args.minimind_compile
-    elif fast:
-        job.update(autocast=True, compile=True)
-    else:
+    if fast:
+        job.update(autocast=job["autocast"] or args.minimind_autocast, compile=args.minimind_compile)
+    elif contender == "transformers":
         job.update(
             learning_rate=args.peer_lr or args.minimind_lr,
             batch_size=args.peer_batch or args.minimind_batch,
@@ -288,7 +295,7 @@ def evaluate(args, contender, name, weights, val_bytes=None) -> dict:
     return {key: scored[key] for key in scored if key.startswith(("bpb", "val_", "longest"))}
 
 
-def run_ours(args, name, flags, cold_compile=False) -> dict:
+def run_ours(args, name, more, cold_compile=False) -> dict:
     """The pretraining stage as a user starts it, on the clock from its process' start to its end."""
     folder = args.work_dir / f"ours_{name}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -300,7 +307,7 @@ def run_ours(args, name, flags, cold_compile=False) -> dict:
     command += ["--data_path", args.train_path, "--val_fraction", 0, "--seed", args.seed]
     command += ["--save_dir", folder, "--checkpoint_dir", folder, "--save_weight", "bench"]
     command += ["--num_threads", args.threads, "--device", args.device, "--log_interval", 1]
-    command += ours_shape_flags(args) + flags + args.ours_flags
+    command += ours_shape_flags(args) + more + list(args.ours_flags)
     result = run_process(command, environment(args, fresh), folder / "terminal.log")
     result |= read_our_log(folder)
     result["cpu_share"] = cpu_share(result, args.threads)
@@ -343,6 +350,7 @@ def read_our_log(folder: Path) -> dict:
         updates=steps[-1]["step"],
         tokens=steps[-1]["tokens"],
         last_loss=steps[-1]["loss"],
+        memory_gb=steps[-1].get("memory_gb"),
         max_seq_len=start["args"]["max_seq_len"],
         batch_size=start["args"]["batch_size"],
         accumulation=start["args"]["accumulation_steps"],
@@ -385,6 +393,8 @@ def measure_throughput(args, result):
                     args, f"speed_{number}", ["--max_minutes", (args.seconds + args.allowance) / 60]
                 )
                 Path(run["weights"]).unlink(missing_ok=True)
+                if args.device == "cuda":
+                    run["cuda_peak_bytes"] = run["memory_gb"] * 1e9
                 data = args.our_data
                 run["tokens_per_second"] *= data["num_targets"] / data["num_tokens"]
                 run["bytes_per_second"] = run["tokens_per_second"] * data["num_bytes"] / data["num_targets"]
@@ -448,41 +458,44 @@ def speed_and_memory(run) -> str:
 
 def contender_dtype(args, name, machine) -> str:
     """What its matrix products are computed in. MiniMind ignores its --dtype on a CPU."""
-    if name == "minimind" and args.device == "cpu":
-        return "float32"
-    if name == "minimind_fast":
-        return "bfloat16"
+    if name.startswith("minimind") and args.device == "cpu":
+        return "bfloat16" if name == "minimind_fast" and args.minimind_autocast else "float32"
     if name == "transformers" and args.peer_dtype != "auto":
         return args.peer_dtype
     return machine["dtype"]
 
 
 def measure_quality(args, result):
-    """Each peer trains for T minutes; ours for T / k, start-up and compilation included. Who is where?"""
+    """Each peer trains for T minutes; ours for T / k, start-up and compilation included. Who is where?
+
+    With --clock cpu the budgets are CPU seconds per thread: ours, which only knows the wall, is given as much
+    more of it as others took in the run before."""
     T = 60 * args.minutes
+    unit = "CPU seconds per thread" if args.clock == "cpu" else "s"
     say(
-        f"\nquality: peers train {T:.0f} s from their first step; "
+        f"\nquality: peers train {T:.0f} {unit} from their first step; "
         f"ours T/{', T/'.join(f'{k:g}' for k in args.fractions)}"
     )
     peers = [name for name in args.contenders if name != "ours"]
-    table_rows, runs = [], []
+    table_rows, runs, share = [], [], 1.0
     for seed in args.seeds:
         args.seed = seed
         for name in peers:
             run = run_peer(args, name, f"{name}_quality_{seed}", T, score=True)
-            run.update(name=name, seed=seed, counted_seconds=run["train_seconds"])
-            run["counted_cpu"] = run["train_cpu_seconds"]
-            run["cpu_share"] = cpu_share(run, args.threads, "train_cpu_seconds", "train_seconds")
+            run.update(name=name, seed=seed, counted_cpu=run["train_cpu_seconds"])
+            run["counted_seconds"] = counted(args, run["train_seconds"], run["train_cpu_seconds"])
+            share = run["cpu_share"] = cpu_share(run, args.threads, "train_cpu_seconds", "train_seconds")
             runs.append(run)
             say(f"  {NAMES[name]:32} {run['counted_seconds']:7.1f} s  {run['bpb']:.4f} bpb  (seed {seed})")
         if "ours" in args.contenders:
             for k in sorted(args.fractions, reverse=True):
                 label = f"quality_{seed}_{k:g}"
-                run = run_ours(args, label, ["--max_minutes", T / k / 60], cold_compile=True)
+                minutes = T / k / 60 / (share if args.clock == "cpu" else 1)
+                run = run_ours(args, label, ["--max_minutes", f"{minutes:.4f}"], cold_compile=True)
+                share = run["cpu_share"] or 1
                 run |= evaluate(args, "ours", f"ours_{label}", run.pop("weights"))
-                run.update(name="ours", seed=seed, fraction=k, counted_seconds=run["wall_seconds"])
-                run["counted_cpu"] = run["cpu_seconds"]
-                run["cpu_share"] = cpu_share(run, args.threads)
+                run.update(name="ours", seed=seed, fraction=k, counted_cpu=run["cpu_seconds"])
+                run["counted_seconds"] = counted(args, run["wall_seconds"], run["cpu_seconds"])
                 runs.append(run)
                 say(
                     f"  {f'ours, T/{k:g}':32} {run['counted_seconds']:7.1f} s  {run['bpb']:.4f} bpb  "
@@ -510,6 +523,11 @@ def measure_quality(args, result):
         summarise_quality(args, result, name, runs)
 
 
+def counted(args, wall, cpu) -> float:
+    """The seconds a budget is about: of the wall, or on a busy machine of the CPU, per thread."""
+    return cpu / args.threads if args.clock == "cpu" else wall
+
+
 def summarise_quality(args, result, name, runs):
     """The shortest of our budgets whose mean bits per byte is at or below the peer's mean, over seeds."""
     peer = [run for run in runs if run["name"] == name]
@@ -529,17 +547,18 @@ def summarise_quality(args, result, name, runs):
     setting = f"lr {args.minimind_lr:g}, batch {args.minimind_batch} x {args.minimind_accum}"
     if name == "transformers":
         setting = f"lr {args.peer_lr or args.minimind_lr:g}"
-    a = f"{NAMES[name]} ({setting}): {target:.3f} bpb after {T:.0f} s"
+    unit = "CPU s per thread" if args.clock == "cpu" else "s"
+    a = f"{NAMES[name]} ({setting}): {target:.3f} bpb after {T:.0f} {unit}"
     if reached:
         ratio = f"{T / reached['seconds']:.1f}x"
-        if reached["cpu_seconds"] and args.device == "cpu":
+        if reached["cpu_seconds"] and args.device == "cpu" and args.clock == "wall":
             ratio += f" ({T_cpu / reached['cpu_seconds']:.1f}x in CPU seconds)"
-        b = f"ours: {reached['bpb']:.3f} bpb after {reached['seconds']:.1f} s, start and compilation included"
+        b = f"ours: {reached['bpb']:.3f} bpb after {reached['seconds']:.1f} {unit}, start-up included"
         say(f"{a}; {b}: {ratio} sooner")
     else:
         best = min((run for run in runs if run["name"] == "ours"), key=lambda run: run["bpb"], default=None)
         b = (
-            f"ours: {best['bpb']:.3f} bpb after {best['counted_seconds']:.1f} s"
+            f"ours: {best['bpb']:.3f} bpb after {best['counted_seconds']:.1f} {unit}"
             if best
             else "ours did not run"
         )
@@ -803,6 +822,10 @@ def numbers(kind):
     return lambda text: [convert(part) for part in text.split(",")]
 
 
+def names(text):
+    return text.split(",")
+
+
 def parse_args(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = BenchParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
@@ -825,169 +848,140 @@ def parse_args(argv=None):
     return args
 
 
+def flags(parser, title, *rows):
+    """Add a group of flags, each a row (name, type, default, help); `ON` as type makes it a switch."""
+    group = parser.add_argument_group(title)
+    for name, kind, default, text in rows:
+        if kind is ON:
+            group.add_argument(f"--{name}", action="store_true", help=text)
+        else:
+            group.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=text)
+
+
+ON = object()
+seconds = number_type(float, low=0)
+
+
 def add_common_flags(parser):
-    g = parser.add_argument_group("model (without --preset: 256 x 6)")
-    g.add_argument("--preset", metavar="NAME", help="one of the model's presets, such as minimind2-small")
-    for name in SHAPE_FLAGS:
-        g.add_argument(f"--{name}", type=positive_int, metavar="N", help="as in the stages")
-    g.add_argument("--qk_norm", type=switch, metavar="0|1", help="without --preset: 1, as both peers have it")
-    g = parser.add_argument_group("run")
-    g.add_argument("--threads", type=count, default=0, help="CPU threads of every contender, 0 = all cores")
-    g.add_argument(
-        "--device", choices=("cpu", "cuda", "auto"), default="auto", help="auto = CUDA where there is a GPU"
+    flags(
+        parser,
+        "model (without --preset: 256 x 6)",
+        ("preset", str, None, "one of the model's presets, such as minimind2-small"),
+        *((name, positive_int, None, "as in the stages") for name in SHAPE_FLAGS),
+        ("qk_norm", switch, None, "0 or 1; without --preset 1, as both peers have it"),
     )
-    g.add_argument("--minimind", type=Path, metavar="DIR", help="a MiniMind checkout to compare with")
-    g.add_argument("--seed", type=count, default=42, help="weights and order")
-    g.add_argument("--quick", action="store_true", help="tiny sizes, seconds: does it run at all?")
-    g.add_argument(
-        "--tokenizer",
-        type=Path,
-        default=ROOT / "model",
-        metavar="DIR",
-        help="tokenizer of ours and transformers",
+    flags(
+        parser,
+        "run",
+        ("threads", count, 0, "CPU threads of every contender, 0 = all cores"),
+        ("device", str, "auto", "cpu, cuda, or auto = CUDA where there is a GPU"),
+        ("minimind", Path, None, "folder of a MiniMind checkout to compare with"),
+        ("seed", count, 42, "weights and order"),
+        ("quick", ON, None, "tiny sizes, seconds: does it run at all?"),
+        ("tokenizer", Path, ROOT / "model", "tokenizer of ours and transformers"),
+        ("out_dir", Path, ROOT / "out" / "bench", "folder of splits, logs and results"),
+        ("json", Path, None, "file of the result; without it in --out_dir"),
+        ("ledger", ON, None, "append rows to docs/benchmarks.md"),
     )
-    g.add_argument(
-        "--out_dir", type=Path, default=ROOT / "out" / "bench", metavar="DIR", help="splits, logs, results"
-    )
-    g.add_argument(
-        "--json", type=Path, metavar="FILE", help="where the result goes; without it: in --out_dir"
-    )
-    g.add_argument("--ledger", action="store_true", help="append rows to docs/benchmarks.md")
 
 
 def add_train_flags(parser):
-    g = parser.add_argument_group("what is compared")
-    g.add_argument(
-        "--data_path", type=Path, required=True, metavar="FILE", help="text: .jsonl with a 'text' per line"
+    fraction = number_type(float, above=0, high=0.5)
+    flags(
+        parser,
+        "what is compared",
+        ("data_path", Path, None, "required: .jsonl file with a 'text' per line"),
+        ("contenders", names, None, f"A,B from {', '.join(NAMES)}; without it all that can run"),
+        ("val_fraction", fraction, 0.01, "share of the documents held out"),
+        ("val_bytes", positive_int, 400_000, "bytes of held-out text to score"),
+        ("max_seq_len", positive_int, 340, "tokens in a row of the peers (MiniMind's default)"),
     )
-    g.add_argument(
-        "--contenders", metavar="A,B", help=f"from {', '.join(NAMES)}; without it: all that can run"
+    flags(
+        parser,
+        "speed",
+        ("seconds", seconds, 45.0, "length of one run, 0 = no speed part"),
+        ("rounds", positive_int, 2, "runs of each contender, in turn"),
+        (
+            "allowance",
+            seconds,
+            20.0,
+            "more seconds for ours, whose --max_minutes counts start and compilation",
+        ),
     )
-    g.add_argument(
-        "--val_fraction",
-        type=number_type(float, above=0, high=0.5),
-        default=0.01,
-        help="share of the documents held out",
+    flags(
+        parser,
+        "time to quality",
+        ("minutes", seconds, 0.0, "T: how long the peers train, 0 = no quality part"),
+        ("fractions", numbers(float), (20.0, 12.0, 8.0), "K,K: ours gets T/K"),
+        ("seeds", numbers(int), None, "N,N: repeat with these seeds; without it --seed"),
+        ("clock", str, "wall", "what T counts: wall, or cpu = CPU seconds per thread, for a busy machine"),
     )
-    g.add_argument("--val_bytes", type=positive_int, default=400_000, help="bytes of held-out text to score")
-    g.add_argument(
-        "--max_seq_len",
-        type=positive_int,
-        default=340,
-        help="tokens in a row of the peers (MiniMind's default)",
+    flags(
+        parser,
+        "settings of the contenders",
+        ("ours_flags", shlex.split, (), "'--FLAG X ...': more flags for trainer/train_pretrain.py"),
+        ("minimind_lr", positive_float, 3e-3, "tuned in its favour; it ships with 5e-4"),
+        ("minimind_batch", positive_int, 4, "rows per batch; it ships with 32"),
+        ("minimind_accum", positive_int, 1, "batches per update; it ships with 8"),
+        ("minimind_autocast", ON, None, "also MiniMind with a line it lacks: bfloat16 autocast on the CPU"),
+        ("minimind_compile", ON, None, "also MiniMind with its --use_compile 1: torch.compile"),
+        ("tune_minimind", ON, None, "first sweep MiniMind's settings, and take the best"),
+        ("tune_seconds", positive_float, 60.0, "length of one run of the sweep"),
+        ("tune_lrs", numbers(float), (1e-3, 2e-3, 3e-3, 5e-3), "learning rates to try"),
+        ("tune_accums", numbers(int), (1, 8), "accumulations to try"),
+        ("tune_batches", numbers(int), None, "batches to try; without it --minimind_batch"),
+        ("peer_lr", positive_float, None, "transformers; without it as MiniMind"),
+        ("peer_batch", positive_int, None, "transformers; without it as MiniMind"),
+        ("peer_accum", positive_int, None, "transformers; without it as MiniMind"),
+        (
+            "peer_dtype",
+            str,
+            "auto",
+            "transformers: float32, bfloat16 (autocast), or auto = the machine's best",
+        ),
+        ("peer_compile", ON, None, "transformers: torch.compile"),
+        ("workers", count, None, "loader processes of the peers; without it 1, with CUDA 8"),
     )
-    g = parser.add_argument_group("speed")
-    g.add_argument(
-        "--seconds", type=number_type(float, low=0), default=45.0, help="length of one run, 0 = no speed part"
-    )
-    g.add_argument("--rounds", type=positive_int, default=2, help="runs of each contender, in turn")
-    g.add_argument(
-        "--allowance",
-        type=number_type(float, low=0),
-        default=20.0,
-        help="seconds more for ours: its --max_minutes counts start-up and compilation",
-    )
-    g = parser.add_argument_group("time to quality")
-    g.add_argument(
-        "--minutes",
-        type=number_type(float, low=0),
-        default=0.0,
-        help="T: how long the peers train, 0 = no quality part",
-    )
-    g.add_argument(
-        "--fractions", type=numbers(float), default=[20.0, 12.0, 8.0], metavar="K,K", help="ours gets T/K"
-    )
-    g.add_argument(
-        "--seeds", type=numbers(int), metavar="N,N", help="repeat with these seeds; without it: --seed"
-    )
-    g.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="what a peer's T counts; cpu = CPU seconds / threads, for a busy machine",
-    )
-    g = parser.add_argument_group("settings of the contenders")
-    g.add_argument(
-        "--ours_flags",
-        type=shlex.split,
-        default=[],
-        metavar="'--FLAG X'",
-        help="more flags for trainer/train_pretrain.py",
-    )
-    g.add_argument(
-        "--minimind_lr", type=positive_float, default=3e-3, help="tuned in its favour; it ships with 5e-4"
-    )
-    g.add_argument("--minimind_batch", type=positive_int, default=8, help="rows per batch; it ships with 32")
-    g.add_argument(
-        "--minimind_accum", type=positive_int, default=1, help="batches per update; it ships with 8"
-    )
-    g.add_argument(
-        "--minimind_fast",
-        action="store_true",
-        help="also MiniMind patched in two lines: bfloat16 autocast and torch.compile (CPU)",
-    )
-    g.add_argument("--minimind_compile", action="store_true", help="CUDA: give MiniMind its --use_compile 1")
-    g.add_argument(
-        "--tune_minimind",
-        action="store_true",
-        help="first sweep its learning rate, accumulation and batch, and take the best",
-    )
-    g.add_argument("--tune_seconds", type=positive_float, default=60.0, help="length of one run of the sweep")
-    g.add_argument(
-        "--tune_lrs",
-        type=numbers(float),
-        default=[1e-3, 2e-3, 3e-3, 5e-3],
-        metavar="X,X",
-        help="learning rates",
-    )
-    g.add_argument("--tune_accums", type=numbers(int), default=[1, 8], metavar="N,N", help="accumulations")
-    g.add_argument(
-        "--tune_batches", type=numbers(int), metavar="N,N", help="batches; without it: --minimind_batch"
-    )
-    g.add_argument("--peer_lr", type=positive_float, help="transformers; without it as MiniMind")
-    g.add_argument("--peer_batch", type=positive_int, help="transformers; without it as MiniMind")
-    g.add_argument("--peer_accum", type=positive_int, help="transformers; without it as MiniMind")
-    g.add_argument(
-        "--peer_dtype",
-        choices=("float32", "bfloat16", "auto"),
-        default="auto",
-        help="transformers: autocast or not",
-    )
-    g.add_argument("--peer_compile", action="store_true", help="transformers: torch.compile")
-    g.add_argument("--workers", type=count, default=1, help="loader processes of the peers")
 
 
 def add_generate_flags(parser):
-    g = parser.add_argument_group("generation")
-    g.add_argument(
-        "--weights", type=Path, metavar="FILE", help="a weight file of ours; without it random weights"
-    )
-    g.add_argument("--batches", type=numbers(int), default=[1, 8, 64], metavar="N,N", help="prompts at once")
-    g.add_argument("--new_tokens", type=positive_int, default=256, help="tokens every row makes, eos ignored")
-    g.add_argument("--prompt_tokens", type=positive_int, default=64, help="length of every prompt")
-    g.add_argument(
-        "--repeats", type=positive_int, default=3, help="runs of each engine, in turn; the median counts"
-    )
-    g.add_argument(
-        "--dtypes",
-        type=lambda text: text.split(","),
-        metavar="A,B",
-        help="float32, bfloat16, int8 (ours only); without it float32 and the best of the machine",
+    flags(
+        parser,
+        "generation",
+        ("weights", Path, None, "a weight file of ours; without it random weights"),
+        ("batches", numbers(int), (1, 8, 64), "prompts at once"),
+        ("new_tokens", positive_int, 256, "tokens every row makes, eos ignored"),
+        ("prompt_tokens", positive_int, 64, "length of every prompt"),
+        ("repeats", positive_int, 3, "runs of each engine, in turn; the median counts"),
+        (
+            "dtypes",
+            names,
+            None,
+            "float32,bfloat16,int8 (ours only); without it float32 and the machine's best",
+        ),
     )
 
 
 def add_data_flags(parser):
-    g = parser.add_argument_group("data")
-    g.add_argument(
-        "--data_path", type=Path, required=True, metavar="FILE", help="text: .jsonl with a 'text' per line"
+    flags(
+        parser,
+        "data",
+        ("data_path", Path, None, "required: .jsonl file with a 'text' per line"),
+        ("max_seq_len", positive_int, 340, "tokens in a row"),
+        ("batch_size", positive_int, 32, "rows in a batch"),
+        ("seconds", positive_float, 10.0, "how long batches are drawn"),
     )
-    g.add_argument("--max_seq_len", type=positive_int, default=340, help="tokens in a row")
-    g.add_argument("--batch_size", type=positive_int, default=32, help="rows in a batch")
-    g.add_argument("--seconds", type=positive_float, default=10.0, help="how long batches are drawn")
 
 
 def settle(args) -> str | None:
     """Fill in what depends on other flags; a reason when they make no sense together."""
+    for name, known in CHOICES.items():
+        value = getattr(args, name, known[0])
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one not in known:
+                return f"--{name} {one}: choose from {', '.join(known)}"
+    if args.task != "generate" and args.data_path is None:
+        return "--data_path is missing: give a .jsonl file with a 'text' per line"
     if args.minimind is not None:
         args.minimind = args.minimind.expanduser().resolve()
         if not (args.minimind / "model" / "model_minimind.py").is_file():
@@ -1008,10 +1002,6 @@ def settle(args) -> str | None:
             args.hidden_size, args.num_hidden_layers = 64, 2
     if args.quick and args.task == "data":
         args.seconds = 0.5
-    if args.task == "generate":
-        wrong = [d for d in args.dtypes or [] if d not in ("float32", "bfloat16", "float16", "int8")]
-        if wrong:
-            return f"--dtypes {wrong[0]}: choose from float32, bfloat16, float16, int8"
     return None
 
 
@@ -1021,12 +1011,14 @@ def available_cores() -> int:
 
 def settle_train(args) -> str | None:
     everyone = ["ours", "transformers"] + (["minimind"] if args.minimind else [])
-    if args.minimind and args.minimind_fast:
+    patches = [w for w in ("autocast", "compile") if getattr(args, f"minimind_{w}")]
+    NAMES["minimind_fast"] = " + ".join(["MiniMind", *patches])
+    if args.minimind and patches:
         everyone.append("minimind_fast")
-    chosen = args.contenders.split(",") if args.contenders else everyone
+    chosen = args.contenders or everyone
     for name in chosen:
-        if name not in NAMES:
-            return f"--contenders {name}: choose from {', '.join(NAMES)}"
+        if name == "minimind_fast" and not patches:
+            return "--contenders minimind_fast needs --minimind_autocast, --minimind_compile or both"
         if name.startswith("minimind") and not args.minimind:
             return f"--contenders {name} needs --minimind DIR, a MiniMind checkout"
     args.contenders = chosen
@@ -1044,6 +1036,8 @@ def settle_train(args) -> str | None:
         args.max_seq_len = min(args.max_seq_len, 64)
     elif not args.preset:
         args.hidden_size, args.num_hidden_layers = args.hidden_size or 256, args.num_hidden_layers or 6
+    if args.workers is None:
+        args.workers = min(8, available_cores()) if args.device == "cuda" else 1
     args.seeds = args.seeds or [args.seed]
     return None
 

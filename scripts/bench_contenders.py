@@ -464,7 +464,9 @@ def job_describe(job: dict) -> dict:
     peaks = {}
     for dtype in dict.fromkeys((torch.float32, best)):
         name = str(dtype).removeprefix("torch.")
-        peaks[name] = runtime.peak_flops(runtime.Runtime(device, dtype, seed=0))
+        peaks[name] = runtime.peak_flops(runtime.Runtime(device, dtype, seed=0)) or best_product(
+            device, dtype
+        )
     if device.type == "cuda":
         name, capability = (
             torch.cuda.get_device_name(device),
@@ -485,6 +487,21 @@ def job_describe(job: dict) -> dict:
         python=platform.python_version(),
     )
     return dict(shape=shape, machine=machine)
+
+
+def best_product(device, dtype) -> float:
+    """FLOP/s of the fastest of a few large products: for a GPU whose data sheet is not at hand."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
+    fastest = math.inf
+    for _ in range(5):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        torch.mm(a, b)
+        torch.cuda.synchronize()
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * 8192**3 / fastest
 
 
 def cpu_name() -> str:

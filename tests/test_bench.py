@@ -1,4 +1,4 @@
-"""The bench measures what it says: bits per byte by hand, one held-out text for everybody, honest summaries."""
+"""The bench measures what it says: bits per byte by hand, one held-out text for all, honest summaries."""
 
 import json
 import math
