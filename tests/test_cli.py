@@ -12,9 +12,12 @@ from trainer import cli
 STAGES = ["pretrain", "full_sft"]
 
 # MiniMind's flags of these two scripts, old and new spellings; what it declared but never read is left out.
-MINIMIND_FLAGS = """--out_dir --save_dir --save_weight --epochs --batch_size --learning_rate --device --dtype --num_workers
-    --accumulation_steps --grad_clip --warmup_iters --log_interval --save_interval --hidden_size --num_hidden_layers
-    --max_seq_len --use_moe --data_path --from_weight --from_resume --use_wandb --wandb_project --use_compile""".split()
+MINIMIND_FLAGS = """
+    --out_dir --save_dir --save_weight --epochs --batch_size --learning_rate --device --dtype
+    --num_workers --accumulation_steps --grad_clip --warmup_iters --log_interval --save_interval
+    --hidden_size --num_hidden_layers --max_seq_len --use_moe --data_path --from_weight
+    --from_resume --use_wandb --wandb_project --use_compile
+""".split()
 
 
 def parser_of(stage):

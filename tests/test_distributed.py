@@ -1,6 +1,7 @@
 """Two processes (gloo, CPU) do what one does: same updates, same weights on both, one exchange per update.
 
-Starting processes takes seconds, so two are started once and run all scenarios; each test looks at one result.
+Starting processes takes seconds, so two are started once and run all scenarios; each test looks at one
+result.
 """
 
 import json
@@ -33,7 +34,8 @@ def settings(batch_size, accumulation_steps):
 
 
 def descend(folder, args, rt, **more):
-    """Three steps of plain gradient descent through the stage's own train_step; the weights tell the gradients."""
+    """Three steps of plain gradient descent through the stage's own train_step; the weights tell the
+    gradients."""
     from dataset.lm_dataset import load_sft
     from trainer import batches, checkpoint, runtime, train_full_sft
 
@@ -54,7 +56,8 @@ def scenario_gradients(folder, rt):
 
 
 def scenario_unequal(folder, rt):
-    """A mixture of experts whose ranks hold very different numbers of targets; no rank may wait for an idle expert."""
+    """A mixture of experts whose ranks hold very different numbers of targets; no rank may wait for an idle
+    expert."""
     state, _ = descend(folder, settings(2, 1), rt, use_moe=True, num_experts=4, num_experts_per_tok=1)
     return {"state": state}
 
@@ -107,7 +110,8 @@ def scenario_draws(folder, rt):
 
 
 def scenario_interrupted(folder, rt):
-    """The middle part of a run that begins and ends with one process; it stops on a signal to one process only."""
+    """The middle part of a run that begins and ends with one process; it stops on a signal to one process
+    only."""
     from trainer import runtime
 
     with pytest.MonkeyPatch.context() as patch:
@@ -164,7 +168,8 @@ def results(tmp_path_factory):
         stop_after(patch, 4)
         train("full_sft", folder / "changing", steps=12)  # the first part of `interrupted`, with one process
     ports = json.dumps(free_ports(len(SCENARIOS)))
-    code = f"import sys; sys.path.insert(0, {str(REPO / 'tests')!r}); import test_distributed as t; t.be_a_process(*sys.argv[1:])"
+    code = f"import sys; sys.path.insert(0, {str(REPO / 'tests')!r}); import test_distributed"
+    code += "; test_distributed.be_a_process(*sys.argv[1:])"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(folder), str(rank), ports],
@@ -210,7 +215,8 @@ def test_all_processes_hold_identical_weights(results):
 
 
 def test_gradients_travel_once_per_update(results):
-    """With four micro-batches as often as with one: no_sync works. (The first update may use other buckets.)"""
+    """With four micro-batches as often as with one: no_sync works. (The first update may use other
+    buckets.)"""
     for result in results.exchanges:
         assert result["exchanges"][1] == result["exchanges"][2] >= 1
 

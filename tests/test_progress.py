@@ -37,7 +37,8 @@ def test_a_line_is_the_ratio_of_sums_since_the_line_before(tmp_path, capsys):
 
 
 def test_speed_time_left_and_mfu(tmp_path, monkeypatch):
-    """10 steps of 1000 tokens in 20 s: 500 tokens/s; time spent aside does not count; MFU is FLOP/s over the peak."""
+    """10 steps of 1000 tokens in 20 s: 500 tokens/s; time spent aside does not count; MFU is FLOP/s over
+    the peak."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(progress.time, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(runtime, "peak_flops", lambda rt: 1e9)

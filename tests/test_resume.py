@@ -80,7 +80,8 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(tmp_path, stag
 
 @pytest.mark.parametrize("target", ["checkpoint.os", "checkpoint.torch"])
 def test_stopped_in_the_middle_of_a_save(tmp_path, monkeypatch, target):
-    """Power fails between writing and renaming, or while writing: the save before is used, and leftovers do no harm."""
+    """Power fails between writing and renaming, or while writing: the save before is used, and leftovers do
+    no harm."""
     from trainer import checkpoint
 
     train("pretrain", tmp_path / "whole", steps=STEPS)

@@ -321,7 +321,8 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_last_save(tmp_path, monk
 
 
 def test_nan_in_the_data_path_stops_without_touching_good_weights(tmp_path, monkeypatch, capsys):
-    """From the fourth step on the model's activations are NaN, as after a hardware error or a broken kernel."""
+    """From the fourth step on the model's activations are NaN, as after a hardware error or a broken
+    kernel."""
     from model.model_minimind import MiniMindModel
     from trainer import checkpoint
 
@@ -433,7 +434,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
 
 
 def test_the_script_itself_from_another_folder(tmp_path):
-    """One real process: started elsewhere, interrupted by a real signal, exit code 0, and what it tells to type works."""
+    """One real process: started elsewhere, interrupted by a real signal, exit code 0, and what it tells to
+    type works."""
     argv = flags("pretrain", tmp_path, "--log_interval", 1, steps=100_000)
     script = REPO / "trainer/train_pretrain.py"
     process = subprocess.Popen(

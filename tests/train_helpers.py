@@ -57,9 +57,10 @@ def flags(stage, folder, *more, steps=6) -> list[str]:
     path = folder / f"{'pretrain' if stage == 'pretrain' else 'sft'}.jsonl"
     if not path.exists():
         data(folder)
-    base = f"""--data_path {path} --save_dir {folder / "out"} --checkpoint_dir {folder / "checkpoints"} --from_weight none
-        --max_seq_len 48 --batch_size 4 --max_steps {steps} --log_interval 2 --save_interval 3 --val_fraction 0.05
-        --val_interval 4 --device cpu --dtype float32 --use_compile 0 --num_workers 1 --num_threads 1""".split()
+    base = f"""--data_path {path} --save_dir {folder / "out"} --checkpoint_dir {folder / "checkpoints"}
+        --from_weight none --max_seq_len 48 --batch_size 4 --max_steps {steps} --log_interval 2
+        --save_interval 3 --val_fraction 0.05 --val_interval 4 --device cpu --dtype float32 --use_compile 0
+        --num_workers 1 --num_threads 1""".split()
     return [*base, *TINY, *map(str, more)]
 
 

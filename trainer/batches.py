@@ -1,9 +1,10 @@
 """Which rows make up optimizer step k: a pure function of (seed, step), sliced by rank.
 
-The whole run is one stream of positions 0, 1, 2, ... Position p is row `permutation(seed, epoch)[p mod rows]` with
-epoch = p // rows. Step k (counted from 0) takes positions k * G ... (k + 1) * G - 1, with G = batch_size *
-accumulation_steps rows whatever the number of processes; process r takes its contiguous share of them. So a run can stop
-after any step and go on with more or fewer processes: the same rows meet in the same updates.
+The whole run is one stream of positions 0, 1, 2, ... Position p is row `permutation(seed, epoch)[p mod
+rows]` with epoch = p // rows. Step k (counted from 0) takes positions k * G ... (k + 1) * G - 1, with G =
+batch_size * accumulation_steps rows whatever the number of processes; process r takes its contiguous share
+of them. So a run can stop after any step and go on with more or fewer processes: the same rows meet in the
+same updates.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ IGNORE = -100
 
 
 class StepBatches(list):
-    """The micro-batches of one optimizer step on this process (dicts of tensors on its device), with what was counted
-    while they were still on the CPU."""
+    """The micro-batches of one optimizer step on this process (dicts of tensors on its device), with what
+    was counted while they were still on the CPU."""
 
     num_targets = 0  # valid labels of this process
     num_tokens = 0  # tokens that are not padding, of this process
@@ -43,7 +44,8 @@ def rows_per_step(args) -> int:
 
 
 def num_steps(num_rows: int, args) -> int:
-    """Optimizer steps of the run: --max_steps if given, else enough for --epochs (the last may be smaller)."""
+    """Optimizer steps of the run: --max_steps if given, else enough for --epochs (the last may be
+    smaller)."""
     if args.max_steps:
         return args.max_steps
     return -(-args.epochs * num_rows // rows_per_step(args))
@@ -81,9 +83,9 @@ def micro_rows(args, world_size: int) -> int:
 
 
 def split_step(items: list, world_size: int, micro_size: int) -> list[list[list]]:
-    """Share the items of one step: result[rank][micro_batch] is a list of items, with the same number of micro-batches on
-    every rank (processes meet at the end of the last one). Shares differ by at most one item; a micro-batch may be empty
-    when there are fewer items than processes."""
+    """Share the items of one step: result[rank][micro_batch] is a list of items, with the same number of
+    micro-batches on every rank (processes meet at the end of the last one). Shares differ by at most one
+    item; a micro-batch may be empty when there are fewer items than processes."""
     num_micro = max(1, -(-len(items) // (world_size * micro_size)))
     result, start = [], 0
     for rank in range(world_size):
@@ -95,17 +97,17 @@ def split_step(items: list, world_size: int, micro_size: int) -> list[list[list]
 
 
 def check_split(args, rt):
-    """Refuse a step that the processes cannot share evenly: it would be summed correctly, but all would wait for the one
-    with the largest share, at every step and without notice."""
+    """Refuse a step that the processes cannot share evenly: it would be summed correctly, but all would
+    wait for the one with the largest share, at every step and without notice."""
     from trainer.runtime import TrainingError
 
     size = rows_per_step(args)
     if size % rt.world_size:
         multiple = -(-size // rt.world_size) * rt.world_size
         raise TrainingError(
-            f"--batch_size {args.batch_size} x --accumulation_steps {args.accumulation_steps} = {size} rows per step "
-            f"cannot be shared by {rt.world_size} processes: use a multiple of {rt.world_size}, for example "
-            f"--batch_size {multiple} --accumulation_steps 1"
+            f"--batch_size {args.batch_size} x --accumulation_steps {args.accumulation_steps} = {size} "
+            f"rows per step cannot be shared by {rt.world_size} processes: use a multiple of "
+            f"{rt.world_size}, for example --batch_size {multiple} --accumulation_steps 1"
         )
 
 
@@ -115,8 +117,9 @@ def check_split(args, rt):
 
 
 def collate(dataset, rows: list[int], size: int) -> dict:
-    """The rows as one micro-batch of `size` rows: all have the same shape (a compiled step is compiled once), so the last
-    step of a run is filled up with rows of padding, which hold no target and count nowhere."""
+    """The rows as one micro-batch of `size` rows: all have the same shape (a compiled step is compiled
+    once), so the last step of a run is filled up with rows of padding, which hold no target and count
+    nowhere."""
     import torch
 
     batch = dataset.batch(rows) if rows else dataset.batch([0])
@@ -148,10 +151,11 @@ def load_step(dataset, rows: list[int], args, rt, pin: bool = False) -> StepBatc
 
 
 def training_steps(dataset, args, rt, start_step: int = 0, end_step: int | None = None):
-    """Yield (step, micro_batches) from start_step to the end of the run; a thread prepares the next steps meanwhile.
+    """Yield (step, micro_batches) from start_step to the end of the run; a thread prepares the next steps
+    meanwhile.
 
-    Ends early, after the running step, when Ctrl-C or SIGTERM arrived anywhere (`rt.stopping`); before the first step
-    that is a KeyboardInterrupt.
+    Ends early, after the running step, when Ctrl-C or SIGTERM arrived anywhere (`rt.stopping`); before the
+    first step that is a KeyboardInterrupt.
     """
     from trainer import runtime
 
@@ -221,8 +225,9 @@ def validation_batches(dataset, args, rt):
 
 
 def load(loader, path, tokenizer, args, rt):
-    """(train, val) of a stage, by `load_pretrain` or `load_sft`: val is --val_path, or the held-out share of the training
-    data, or None. The first process of a machine builds the token cache, the others open it."""
+    """(train, val) of a stage, by `load_pretrain` or `load_sft`: val is --val_path, or the held-out share
+    of the training data, or None. The first process of a machine builds the token cache, the others open
+    it."""
     from trainer import runtime
 
     options = {"cache_dir": args.cache_dir, "pack": bool(args.pack), "num_workers": args.num_workers}
@@ -240,7 +245,8 @@ def load(loader, path, tokenizer, args, rt):
 
 
 def fingerprint(dataset) -> str:
-    """Hash of what the rows of a dataset are made of: the documents' content and how they were cut and packed."""
+    """Hash of what the rows of a dataset are made of: the documents' content and how they were cut and
+    packed."""
     digest = hashlib.sha256()
     for array in (dataset.starts, dataset.lengths, dataset.row_offsets, *(c.hashes for c in dataset.caches)):
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
@@ -249,10 +255,12 @@ def fingerprint(dataset) -> str:
 
 
 def steps_for_minutes(dataset, args, rt, rehearse, undo, overhead_seconds: float = 0.0) -> int:
-    """How many steps fit into --max_minutes. Steps are rehearsed (`rehearse(step, micro_batches)`, the first of them
-    compiles), then taken back by `undo()`, so that the run itself is the one that `--max_steps N` repeats exactly.
+    """How many steps fit into --max_minutes. Steps are rehearsed (`rehearse(step, micro_batches)`, the
+    first of them compiles), then taken back by `undo()`, so that the run itself is the one that
+    `--max_steps N` repeats exactly.
 
-    overhead_seconds: what validations, saves and the end of the run will need. The time since the process started counts.
+    overhead_seconds: what validations, saves and the end of the run will need. The time since the process
+    started counts.
     """
     from trainer import runtime
 

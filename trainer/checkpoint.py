@@ -1,10 +1,12 @@
 """Names on disk, weights for others, and the exact state of a run.
 
-    out/{weight}_{hidden}{_moe}.pth                  what other stages load: a plain state dict + one "__metadata__" entry
-    checkpoints/{weight}_{hidden}{_moe}_resume.pth   what continues this run: float32 weights, optimizers, step, settings
+    out/{weight}_{hidden}{_moe}.pth                 what other stages load: a state dict + "__metadata__"
+    checkpoints/{weight}_{hidden}{_moe}_resume.pth  what continues this run: float32 weights, optimizers,
+                                                    step, settings
 
-Files appear whole or not at all: they are written beside their place, flushed to the disk, and renamed. Nothing is ever
-unpickled: `torch.load(weights_only=True)` reads tensors and plain values only. Every file carries a checksum.
+Files appear whole or not at all: they are written beside their place, flushed to the disk, and renamed.
+Nothing is ever unpickled: `torch.load(weights_only=True)` reads tensors and plain values only. Every file
+carries a checksum.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ from pathlib import Path
 METADATA = "__metadata__"
 FORMAT = 1
 
-# Settings that do not change the numbers of a run, or that are compared in another form (see changed_settings).
-FREE_SETTINGS = {
-    "data_path", "val_path", "val_fraction", "val_fraction_given", "val_interval", "cache_dir", "num_workers",
-    "from_weight", "save_dir", "save_dtype", "save_interval", "checkpoint_dir", "from_resume", "log_interval", "use_wandb",
-    "tracker", "wandb_project", "device", "dtype", "use_compile", "num_threads", "started", "epochs", "max_steps",
-    "max_minutes", "batch_size", "accumulation_steps", "pack", "max_seq_len", "preset",
-}  # fmt: skip
+# Settings that do not change the numbers of a run, or that are compared in another form (see
+# changed_settings).
+FREE_SETTINGS = set(
+    """data_path val_path val_fraction val_fraction_given val_interval cache_dir num_workers from_weight
+    save_dir save_dtype save_interval checkpoint_dir from_resume log_interval use_wandb tracker wandb_project
+    device dtype use_compile num_threads started epochs max_steps max_minutes batch_size accumulation_steps
+    pack max_seq_len preset""".split()
+)
 
 
 class CheckpointError(ValueError):
@@ -86,8 +89,8 @@ class _Stream:
 
 
 def write_file(content: dict, path: Path):
-    """Save atomically: beside the place, flushed, renamed. Raises CheckpointError, and keeps the previous file, when the
-    disk is full or the folder cannot be written."""
+    """Save atomically: beside the place, flushed, renamed. Raises CheckpointError, and keeps the previous
+    file, when the disk is full or the folder cannot be written."""
     import torch
 
     path = Path(path)
@@ -114,8 +117,8 @@ def write_file(content: dict, path: Path):
         remedy = "Free some space" if full else "Make the folder writable"
         kept = "the previous file is still there" if path.exists() else "no file was left behind"
         raise CheckpointError(
-            f"could not save {shown(path)} ({'disk full: ' if full else ''}{error.strerror or error}); {kept}. {remedy}, "
-            "or choose other folders with --save_dir and --checkpoint_dir"
+            f"could not save {shown(path)} ({'disk full: ' if full else ''}{error.strerror or error}); "
+            f"{kept}. {remedy}, or choose other folders with --save_dir and --checkpoint_dir"
         ) from None
     if hasattr(os, "O_DIRECTORY"):  # the rename itself survives a power cut (POSIX only)
         folder = os.open(path.parent, os.O_DIRECTORY)
@@ -124,8 +127,8 @@ def write_file(content: dict, path: Path):
 
 
 def read_file(path: Path) -> dict:
-    """The content of a file written by torch.save, tensors on the CPU. Raises CheckpointError when it is missing, cut
-    short, changed, or holds anything but tensors and plain values."""
+    """The content of a file written by torch.save, tensors on the CPU. Raises CheckpointError when it is
+    missing, cut short, changed, or holds anything but tensors and plain values."""
     import torch
 
     path = Path(path)
@@ -136,8 +139,8 @@ def read_file(path: Path) -> dict:
     except pickle.UnpicklingError as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{shown(path)} holds more than tensors and plain values, or is no weight file at all, and was not opened: "
-            f"such a file could run code. Get it again from a source you trust ({first[:120]})"
+            f"{shown(path)} holds more than tensors and plain values, or is no weight file at all, and was "
+            f"not opened: such a file could run code. Get it again from a source you trust ({first[:120]})"
         ) from None
     except (
         RuntimeError,
@@ -151,8 +154,8 @@ def read_file(path: Path) -> dict:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EISDIR):
             raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror}") from None
         raise CheckpointError(
-            f"{shown(path)} is damaged ({path.stat().st_size:,} bytes; probably cut short while it was copied or downloaded): "
-            "get it again, or run the stage that writes it"
+            f"{shown(path)} is damaged ({path.stat().st_size:,} bytes; probably cut short while it was "
+            "copied or downloaded): get it again, or run the stage that writes it"
         ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{shown(path)} does not hold a state dict but a {type(content).__name__}")
@@ -211,8 +214,8 @@ def require_finite(tensors, path: Path):
     if bad and torch.stack([b.cpu() for b in bad]).any():
         kept = "the previous file is still there" if Path(path).exists() else "no file was written"
         raise CheckpointError(
-            f"the weights contain NaN or infinity and were not saved to {shown(path)}; {kept}. Lower --learning_rate, or "
-            "go back to the last save with --from_resume 1"
+            f"the weights contain NaN or infinity and were not saved to {shown(path)}; {kept}. Lower "
+            "--learning_rate, or go back to the last save with --from_resume 1"
         )
 
 
@@ -240,7 +243,8 @@ def template_hash(tokenizer) -> str:
 
 
 def save_weights(model, path: Path, metadata: dict, dtype: str = "float32"):
-    """Write a model's state dict and what it is: `metadata` must hold plain values; the config is added here."""
+    """Write a model's state dict and what it is: `metadata` must hold plain values; the config is added
+    here."""
     import torch
 
     dtype = getattr(torch, dtype)
@@ -271,7 +275,8 @@ def is_plain(value) -> bool:
 
 
 def read_weights(path: Path) -> tuple[dict, dict]:
-    """(state dict, metadata) of a weight file; metadata is empty for files of other projects (MiniMind's .pth)."""
+    """(state dict, metadata) of a weight file; metadata is empty for files of other projects (MiniMind's
+    .pth)."""
     content = read_file(path)
     metadata = content.pop(METADATA, {})
     if "model" in content and isinstance(content["model"], dict):
@@ -290,8 +295,8 @@ def read_weights(path: Path) -> tuple[dict, dict]:
 
 
 def load_weights(model, path: Path, tokenizer=None) -> dict:
-    """Fill `model` from a file, strictly; returns its metadata. Raises CheckpointError with one sentence that names both
-    sides when architecture, vocabulary, names or shapes differ."""
+    """Fill `model` from a file, strictly; returns its metadata. Raises CheckpointError with one sentence
+    that names both sides when architecture, vocabulary, names or shapes differ."""
     import torch
 
     state, metadata = read_weights(path)
@@ -303,7 +308,8 @@ def load_weights(model, path: Path, tokenizer=None) -> dict:
         head, embedding = state["lm_head.weight"], state.get("model.embed_tokens.weight")
         if embedding is not None and (head.shape != embedding.shape or not torch.equal(head, embedding)):
             raise CheckpointError(
-                f"{shown(path)} has an output head of its own, this model shares the embedding: pass --tie_word_embeddings 0"
+                f"{shown(path)} has an output head of its own, this model shares the embedding: pass "
+                "--tie_word_embeddings 0"
             )
     mine, theirs = plain_config(config), metadata.get("config") or describe_state(state)
     differing = [f for f in ARCHITECTURE_FIELDS if f in theirs and f in mine and theirs[f] != mine[f]]
@@ -313,8 +319,9 @@ def load_weights(model, path: Path, tokenizer=None) -> dict:
         raise CheckpointError(f"{shown(path)} was made with {sides}: pass {flags}, or other weights")
     if tokenizer is not None and metadata.get("tokenizer") not in (None, tokenizer_hash(tokenizer)):
         raise CheckpointError(
-            f"{shown(path)} was trained with vocabulary {metadata['tokenizer']}, this run uses {tokenizer_hash(tokenizer)}: "
-            "the same number would mean another token. Restore model/tokenizer.json, or train anew with --from_weight none"
+            f"{shown(path)} was trained with vocabulary {metadata['tokenizer']}, this run uses "
+            f"{tokenizer_hash(tokenizer)}: the same number would mean another token. Restore "
+            "model/tokenizer.json, or train anew with --from_weight none"
         )
     target = model.state_dict()
     missing, unexpected = sorted(set(target) - set(state)), sorted(set(state) - set(target))
@@ -327,22 +334,22 @@ def load_weights(model, path: Path, tokenizer=None) -> dict:
     if wrong:
         name = wrong[0]
         raise CheckpointError(
-            f"{shown(path)}: {name} is {tuple(state[name].shape)}, this model wants {tuple(target[name].shape)} "
-            f"({len(wrong)} such tensors): choose matching flags or weights"
+            f"{shown(path)}: {name} is {tuple(state[name].shape)}, this model wants "
+            f"{tuple(target[name].shape)} ({len(wrong)} such tensors): choose matching flags or weights"
         )
     require_finite_file(state, path)
     model.load_state_dict(state, strict=True)
     return metadata
 
 
+MOE_FIELDS = tuple(
+    "num_experts num_experts_per_tok n_shared_experts moe_intermediate_size norm_topk_prob".split()
+)
 ARCHITECTURE_FIELDS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "intermediate_size", "qk_norm", "rope_theta", "rms_norm_eps", "tie_word_embeddings", "use_moe", "num_experts",
-    "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "norm_topk_prob",
-)  # fmt: skip
-MOE_FIELDS = {
-    "num_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "norm_topk_prob"
-}  # fmt: skip
+    *"""vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    intermediate_size qk_norm rope_theta rms_norm_eps tie_word_embeddings use_moe""".split(),
+    *MOE_FIELDS,
+)
 
 
 def few(names: list[str]) -> str:
@@ -355,8 +362,8 @@ def require_finite_file(state: dict, path: Path):
     bad = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
         raise CheckpointError(
-            f"{shown(path)} contains NaN or infinity in {few(bad)}: these weights are broken; use an earlier file or train "
-            "the stage again"
+            f"{shown(path)} contains NaN or infinity in {few(bad)}: these weights are broken; use an "
+            "earlier file or train the stage again"
         )
 
 
@@ -382,8 +389,9 @@ def describe_state(state: dict) -> dict:
 
 
 def guess_config(state: dict) -> dict:
-    """Fields of a MiniMindConfig for a file without metadata (MiniMind's own .pth). What shapes do not tell is taken from
-    MiniMind's two generations: 8 heads; with QK-norm eps 1e-6 and top-1 without shared expert, else 1e-5 and top-2."""
+    """Fields of a MiniMindConfig for a file without metadata (MiniMind's own .pth). What shapes do not tell
+    is taken from MiniMind's two generations: 8 heads; with QK-norm eps 1e-6 and top-1 without shared
+    expert, else 1e-5 and top-2."""
     found = describe_state(state)
     if "num_hidden_layers" not in found or "hidden_size" not in found:
         raise CheckpointError("this state dict is not a MiniMind model: it has no embedding or no layers")
@@ -408,8 +416,8 @@ def guess_config(state: dict) -> dict:
 
 
 def load_model(path: Path, tokenizer=None, **overrides):
-    """(model in eval mode on the CPU, metadata) from a weight file alone: the architecture comes from its metadata, or from
-    its shapes. For eval_llm and the scripts."""
+    """(model in eval mode on the CPU, metadata) from a weight file alone: the architecture comes from its
+    metadata, or from its shapes. For eval_llm and the scripts."""
     from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
     state, metadata = read_weights(path)
@@ -430,8 +438,8 @@ def new_model(args, tokenizer, rt):
     config = model_config(args)
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(
-            f"the tokenizer has {len(tokenizer)} entries, --vocab_size {config.vocab_size} cannot hold them: pass "
-            f"--vocab_size {len(tokenizer)}"
+            f"the tokenizer has {len(tokenizer)} entries, --vocab_size {config.vocab_size} cannot hold "
+            f"them: pass --vocab_size {len(tokenizer)}"
         )
     torch.manual_seed(mix_seed(args.seed))
     return MiniMindForCausalLM(config)
@@ -470,11 +478,11 @@ def missing_weight(path: Path, weight: str) -> str:
 
 
 def save(model, optimizers, args, rt, run: dict, log, **extra):
-    """After a finished optimizer step: the weights for others, then everything to continue. All processes call it, the
-    first one writes.
+    """After a finished optimizer step: the weights for others, then everything to continue. All processes
+    call it, the first one writes.
 
-    `run` says what this run is (see describe). `extra`: what else the stage must find again in `find_resume(...)["extra"]`
-    (plain values or tensors).
+    `run` says what this run is (see describe). `extra`: what else the stage must find again in
+    `find_resume(...)["extra"]` (plain values or tensors).
     """
     from trainer.runtime import bare
 
@@ -512,8 +520,8 @@ def save(model, optimizers, args, rt, run: dict, log, **extra):
 
 
 def describe(stage: str, args, tokenizer, data: str, total_steps: int, parent: dict | None) -> dict:
-    """What a run is, for the metadata of its files: stage, vocabulary, template, data (fingerprint), length, and the weights
-    it started from."""
+    """What a run is, for the metadata of its files: stage, vocabulary, template, data (fingerprint),
+    length, and the weights it started from."""
     return {
         "stage": stage,
         "tokenizer": tokenizer_hash(tokenizer),
@@ -528,7 +536,8 @@ def describe(stage: str, args, tokenizer, data: str, total_steps: int, parent: d
 def find_resume(args, config, tokenizer, data: str, num_rows: int, rt) -> dict | None:
     """The state to continue, or None to start fresh. Refuses changed settings, naming old -> new.
 
-    A run by --max_minutes goes on with the number of steps that its time was turned into (args.max_steps is set).
+    A run by --max_minutes goes on with the number of steps that its time was turned into (args.max_steps is
+    set).
     """
     from trainer import batches
 
@@ -536,7 +545,8 @@ def find_resume(args, config, tokenizer, data: str, num_rows: int, rt) -> dict |
     if not args.from_resume:
         if path.exists() and rt.is_main:
             rt.print(
-                f"note: {shown(path)} of an earlier run will be replaced at the first save (--from_resume 1 continues it)"
+                f"note: {shown(path)} of an earlier run will be replaced at the first save (--from_resume "
+                "1 continues it)"
             )
         return None
     if not path.exists():
@@ -557,17 +567,19 @@ def find_resume(args, config, tokenizer, data: str, num_rows: int, rt) -> dict |
     changes = changed_settings(content, args, config, now)
     if changes:
         raise CheckpointError(
-            f"{shown(path)} belongs to another run ({'; '.join(changes)}). Continue with the old settings, or start a new run "
-            f"with --from_resume 0, for example from its weights with --from_weight {args.save_weight}"
+            f"{shown(path)} belongs to another run ({'; '.join(changes)}). Continue with the old settings, "
+            "or start a new run with --from_resume 0, for example from its weights with --from_weight "
+            f"{args.save_weight}"
         )
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     rt.print(
-        f"resuming {shown(path)} of {when}: {content['step']} of {content['run']['total_steps']} steps are done"
+        f"resuming {shown(path)} of {when}: {content['step']} of {content['run']['total_steps']} steps are "
+        "done"
     )
     if content["world_size"] != rt.world_size:
         rt.print(
-            f"processes: {content['world_size']} -> {rt.world_size}; the rows of every step stay the same, sums may differ in "
-            "the last digits"
+            f"processes: {content['world_size']} -> {rt.world_size}; the rows of every step stay the same, "
+            "sums may differ in the last digits"
         )
     if content["dtype"] != str(rt.dtype):
         rt.print(f"compute type: {content['dtype']} -> {rt.dtype}; the continuation will not be bit-equal")

@@ -1,10 +1,11 @@
-"""The flags every stage shares, written once, with per-stage defaults; and the frame that turns errors into one line.
+"""The flags every stage shares, written once, with per-stage defaults; and the frame that turns errors into
+one line.
 
 Light on purpose: nothing here imports torch before training starts, so `--help` answers at once.
 
-    parser = stage_parser(__doc__, save_weight="pretrain", from_weight="none", batch_size=32, ...)
-    parser.add_argument("--beta", type=positive_float, default=0.1, help="...")       # the stage's own flags
-    args = parser.parse_args(argv)                                                    # checked: nonsense ends here
+    parser = stage_parser(__doc__, save_weight="pretrain", from_weight="none", batch_size=32)
+    parser.add_argument("--beta", type=positive_float, default=0.1, help="...")  # the stage's own flags
+    args = parser.parse_args(argv)  # checked: nonsense ends here
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Flag -> (MiniMindConfig field, type, help). None = what the preset says. A test keeps this table and the class alike.
+# Flag -> (MiniMindConfig field, type, help). None = what the preset says. A test keeps this table and the
+# class alike.
 ARCHITECTURE = {
     "hidden_size": ("int", "width of the model; part of the file names (512)"),
     "num_hidden_layers": ("int", "number of blocks (8)"),
@@ -53,8 +55,8 @@ ARCHITECTURE = {
     "norm_topk_prob": ("bool", "1 = router weights of the chosen experts sum to one (1)"),
     "router_aux_loss_coef": ("float", "weight of the balance loss (0.01)"),
 }
-# Fields that are no flag: special token ids come with the tokenizer, the cache is a matter of inference, and a RoPE
-# dictionary does not fit a command line.
+# Fields that are no flag: special token ids come with the tokenizer, the cache is a matter of inference,
+# and a RoPE dictionary does not fit a command line.
 NOT_FLAGS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "rope_parameters"}
 PRESETS = ("tiny", "minimind2-small", "minimind2-moe", "minimind2", "minimind-3", "minimind-3-moe")
 
@@ -192,8 +194,8 @@ class Given(argparse.Action):
 
 
 def stage_parser(doc: str, **defaults) -> StageParser:
-    """The shared flags with this stage's defaults. `defaults` may name any shared flag; a typo is an error. A default of
-    `cli.ABSENT` leaves a flag out, for a stage that would ignore it."""
+    """The shared flags with this stage's defaults. `defaults` may name any shared flag; a typo is an error.
+    A default of `cli.ABSENT` leaves a flag out, for a stage that would ignore it."""
     parser = StageParser(
         description=doc, formatter_class=HelpFormatter, allow_abbrev=False, usage="%(prog)s [flags]"
     )
@@ -211,8 +213,8 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         g,
         "--data_path",
         metavar="FILE",
-        help="training data: .jsonl, .json, .parquet, a HuggingFace data set name, or several separated by commas; "
-        "without it: "
+        help="training data: .jsonl, .json, .parquet, a HuggingFace data set name, or several separated by "
+        "commas; without it: "
         + defaults.get("default_data", "the stage's usual file in dataset/, else the embedded curriculum"),
     )
     known.add("default_data")
@@ -247,7 +249,8 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         type=switch,
         default=1,
         metavar="0|1",
-        help="1 = fill rows with several documents that do not see each other; 0 = one document per row, padded",
+        help="1 = fill rows with several documents that do not see each other; 0 = one document per row, "
+        "padded",
     )
     add(
         g,
@@ -292,8 +295,8 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         type=non_negative_float,
         default=0.0,
         metavar="MIN",
-        help="as many steps as fit into this time instead, start-up included: a few steps are timed first, then "
-        "--max_steps is fixed, printed and stored; 0 = off",
+        help="as many steps as fit into this time instead, start-up included: a few steps are timed "
+        "first, then --max_steps is fixed, printed and stored; 0 = off",
     )
     add(
         g,
@@ -309,7 +312,8 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         type=positive_int,
         default=1,
         metavar="N",
-        help="batches per optimizer step; rows per step = batch_size x accumulation_steps, shared by all processes",
+        help="batches per optimizer step; rows per step = batch_size x accumulation_steps, shared by all "
+        "processes",
     )
 
     g = parser.add_argument_group("optimizer")
@@ -412,7 +416,8 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         type=switch,
         default=0,
         metavar="0|1",
-        help="1 = continue exactly where the last save left off; starts fresh, and says so, when there is none",
+        help="1 = continue exactly where the last save left off; starts fresh, and says so, when there is "
+        "none",
     )
     add(
         g,
@@ -427,8 +432,8 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         "--save_dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="numbers in the weight file; the half-size ones round away part of what a small learning rate learned (the "
-        "resume file is always float32)",
+        help="numbers in the weight file; the half-size ones round away part of what a small learning "
+        "rate learned (the resume file is always float32)",
     )
 
     g = parser.add_argument_group("log")
@@ -449,7 +454,8 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         g,
         "--dtype",
         default="auto",
-        help="compute type: bfloat16, float16 (CUDA, with loss scaling) or float32; auto = the fastest the hardware has",
+        help="compute type: bfloat16, float16 (CUDA, with loss scaling) or float32; auto = the fastest "
+        "the hardware has",
     )
     add(
         g,
@@ -501,8 +507,8 @@ def schedule(args) -> dict:
 
 
 def build_optimizers(model, args, rt) -> list:
-    """The optimizers of the flags. With --dtype float32 Muon's iteration is float32 too: in bfloat16 it magnifies the last
-    digit of a sum, and runs that differ only in the number of processes drift apart."""
+    """The optimizers of the flags. With --dtype float32 Muon's iteration is float32 too: in bfloat16 it
+    magnifies the last digit of a sum, and runs that differ only in the number of processes drift apart."""
     import torch
 
     from trainer import optim
@@ -517,8 +523,8 @@ def build_optimizers(model, args, rt) -> list:
 
 
 def find_data(args, names, mini: str) -> str:
-    """--data_path, or the first of the public files `names` that lies in dataset/, or the embedded curriculum's file `mini`,
-    which is written on demand. Says what it chose when it chose."""
+    """--data_path, or the first of the public files `names` that lies in dataset/, or the embedded
+    curriculum's file `mini`, which is written on demand. Says what it chose when it chose."""
     if args.data_path:
         return args.data_path
     folder = ROOT / "dataset"
@@ -543,9 +549,9 @@ def find_data(args, names, mini: str) -> str:
 
 
 def run(main, parse_args, argv=None):
-    """What a stage's `if __name__ == "__main__"` calls: errors a user can mend become one line on stderr and exit code
-    2, everything else keeps its traceback. Ctrl-C before training ends with 130; during training it is not an error
-    (see runtime.catch_signals)."""
+    """What a stage's `if __name__ == "__main__"` calls: errors a user can mend become one line on stderr
+    and exit code 2, everything else keeps its traceback. Ctrl-C before training ends with 130; during
+    training it is not an error (see runtime.catch_signals)."""
     args = parse_args(argv)
     try:
         main(args)
@@ -562,8 +568,8 @@ def run(main, parse_args, argv=None):
 
 
 def is_for_the_user(error: Exception) -> bool:
-    """Errors whose message already says where and what to do: DataError, CheckpointError, TrainingError, and failures of
-    the file system."""
+    """Errors whose message already says where and what to do: DataError, CheckpointError, TrainingError,
+    and failures of the file system."""
     if type(error).__name__ in {"DataError", "CheckpointError", "TrainingError"}:
         return True
     if isinstance(error, OSError) and error.filename is not None:

@@ -1,7 +1,7 @@
 """What you see while it runs: one line in the terminal is one JSON line in out/<weight>_log.jsonl.
 
-docs/metrics.md says for each metric its formula, sign and unit. Losses and counts are sums over all processes since the
-line before; the device is waited for when a line is written, not at every step.
+docs/metrics.md says for each metric its formula, sign and unit. Losses and counts are sums over all
+processes since the line before; the device is waited for when a line is written, not at every step.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Progress:
         self.tracker = self.file = None
 
     def state_dict(self) -> dict:
-        """For the resume file: a continued run writes the lines of an uninterrupted one (but for times). All processes
-        must call it: open sums are added up."""
+        """For the resume file: a continued run writes the lines of an uninterrupted one (but for times).
+        All processes must call it: open sums are added up."""
         names = sorted(self.sums)
         sums = dict(zip(names, runtime.total([self.sums[name] for name in names], self.rt)))
         seconds = self.seconds + time.perf_counter() - self.begin
@@ -96,8 +96,8 @@ class Progress:
     # -- during the run
 
     def due(self, interval: int) -> bool:
-        """Whether something that happens every `interval` steps happens now; 0 = never. The end of the run is not such a
-        moment: what happens then stands behind the loop."""
+        """Whether something that happens every `interval` steps happens now; 0 = never. The end of the run
+        is not such a moment: what happens then stands behind the loop."""
         return interval > 0 and self.done % interval == 0 and self.done < self.total_steps
 
     def step(
@@ -105,8 +105,9 @@ class Progress:
     ):
         """Count a finished optimizer step; write a line when one is due.
 
-        Every metric is a ratio of two sums, loss=(summed loss, number of targets): this process gives its own two, tensors
-        or numbers; the line shows total / total since the line before. A skipped step gives none.
+        Every metric is a ratio of two sums, loss=(summed loss, number of targets): this process gives its
+        own two, tensors or numbers; the line shows total / total since the line before. A skipped step
+        gives none.
         """
         self.done = step + 1
         self.steps_in_line += 1
@@ -278,7 +279,8 @@ def announce(args, rt, model, run: dict, data_path, train, val):
     config = runtime.bare(model).config
     rows = batches.rows_per_step(args)
     print(
-        f"stage:   {run['stage']}, from {args.from_weight if args.from_weight != 'none' else 'random weights'}"
+        f"stage:   {run['stage']}, from "
+        f"{args.from_weight if args.from_weight != 'none' else 'random weights'}"
     )
     print(f"reads:   {data_path}: {train.summary()}")
     if val is not None:
@@ -286,8 +288,9 @@ def announce(args, rt, model, run: dict, data_path, train, val):
     print(f"writes:  {shown(weight_path(args, config))}; to continue: {shown(resume_path(args, config))}")
     print(f"{model_size(runtime.bare(model))}, {config.hidden_size} wide, {config.num_hidden_layers} layers")
     print(
-        f"steps:   {run['total_steps']:,} of {rows} rows x {args.max_seq_len} = {rows * args.max_seq_len:,} tokens "
-        f"({run['total_steps'] * rows / len(train):.2f} epochs), {batches.micro_rows(args, rt.world_size)} rows at a time"
+        f"steps:   {run['total_steps']:,} of {rows} rows x {args.max_seq_len} = "
+        f"{rows * args.max_seq_len:,} tokens ({run['total_steps'] * rows / len(train):.2f} epochs), "
+        f"{batches.micro_rows(args, rt.world_size)} rows at a time"
     )
     print(f"machine: {runtime.describe(rt)}, torch.compile {'on' if is_compiled(model) else 'off'}")
     predicted, free = predicted_memory_gb(model, args, rt), runtime.available_memory_gb(rt)
@@ -313,8 +316,9 @@ def model_size(model) -> str:
 
 
 def predicted_memory_gb(model, args, rt) -> float:
-    """A forecast of the peak: weights, gradients and optimizer state exactly, activations by a count per token and layer
-    that was fitted to measurements (docs/training.md), and what the process holds already."""
+    """A forecast of the peak: weights, gradients and optimizer state exactly, activations by a count per
+    token and layer that was fitted to measurements (docs/training.md), and what the process holds
+    already."""
     from trainer import batches
     from trainer.optim import split_parameters
 
@@ -394,7 +398,8 @@ def same_model_flags(args) -> str:
 
 
 def draw_curve(log: Path, picture: Path) -> bool:
-    """Loss, validation loss and learning rate over steps, as a PNG. Returns False, with a line, without matplotlib."""
+    """Loss, validation loss and learning rate over steps, as a PNG. Returns False, with a line, without
+    matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -432,8 +437,8 @@ def draw_curve(log: Path, picture: Path) -> bool:
 
 
 def open_tracker(args, run_id: str | None, settings: dict):
-    """A mirror of the log in SwanLab, wandb or TensorBoard. Without an account (or a network) files are written under
-    --save_dir, to look at or upload later. run_id continues the run of that id."""
+    """A mirror of the log in SwanLab, wandb or TensorBoard. Without an account (or a network) files are
+    written under --save_dir, to look at or upload later. run_id continues the run of that id."""
     folder = Path(args.save_dir)
     project = args.wandb_project or "MiniMind"
     name = f"{args.save_weight}-{time.strftime('%m%d-%H%M%S')}"

@@ -1,8 +1,8 @@
 """Where a stage runs: device, precision, processes, seeds, and the optimizer step. No algorithm lives here.
 
-A stage calls `start(args)` first and `stop(rt)` last; in between it never asks for a rank, a device or a dtype. One
-process on a laptop and sixteen under torchrun take the same path: every function below does nothing, or does the same,
-when the world has one process.
+A stage calls `start(args)` first and `stop(rt)` last; in between it never asks for a rank, a device or a
+dtype. One process on a laptop and sixteen under torchrun take the same path: every function below does
+nothing, or does the same, when the world has one process.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def seed_step(self, step: int):
-        """Make every draw of this step a function of (seed, step, rank): dropout, sampling, augmentation. This is why
-        resuming needs no saved generator state, and why no two ranks draw alike."""
+        """Make every draw of this step a function of (seed, step, rank): dropout, sampling, augmentation.
+        This is why resuming needs no saved generator state, and why no two ranks draw alike."""
         mixed = mix_seed(self.seed, step, self.rank)
         torch.manual_seed(mixed)
         random.seed(mixed)
@@ -82,7 +82,8 @@ class Runtime:
 
 
 def mix_seed(*numbers: int) -> int:
-    """A 63-bit number from a few small ones; neighbours give unrelated results (splitmix64, Steele et al. 2014)."""
+    """A 63-bit number from a few small ones; neighbours give unrelated results (splitmix64, Steele et al.
+    2014)."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) % 2**64
@@ -98,7 +99,8 @@ def mix_seed(*numbers: int) -> int:
 
 
 def start(args) -> Runtime:
-    """Look at the machine and the torchrun environment; reads args.device, args.dtype, args.seed, args.num_threads.
+    """Look at the machine and the torchrun environment; reads args.device, args.dtype, args.seed,
+    args.num_threads.
 
     After this all ranks share the same torch seed, so that they build the same initial weights.
     """
@@ -114,8 +116,8 @@ def start(args) -> Runtime:
     rt.started = getattr(args, "started", rt.started)
     if world_size > 1:
         rt.rank, rt.world_size = int(os.environ["RANK"]), world_size
-        # A step takes seconds, so half an hour of silence means a lost process; the host group also waits for rank 0
-        # while it tokenizes a large corpus, which may take longer.
+        # A step takes seconds, so half an hour of silence means a lost process; the host group also waits
+        # for rank 0 while it tokenizes a large corpus, which may take longer.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         rt.host_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
     if dtype == torch.float16:
@@ -165,14 +167,14 @@ def choose_device(wanted: str, world_size: int = 1, local_rank: int = 0) -> torc
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise TrainingError(
-                f"--device {wanted}: torch {torch.__version__} sees no CUDA GPU; use --device auto, or install a torch "
-                "build with CUDA"
+                f"--device {wanted}: torch {torch.__version__} sees no CUDA GPU; use --device auto, or "
+                "install a torch build with CUDA"
             )
         index = local_rank if world_size > 1 else device.index or 0
         if index >= torch.cuda.device_count():
             raise TrainingError(
-                f"process {local_rank} of this machine wants GPU {index}, but only {torch.cuda.device_count()} are "
-                "visible: lower --nproc_per_node, or pass --device cpu"
+                f"process {local_rank} of this machine wants GPU {index}, but only "
+                f"{torch.cuda.device_count()} are visible: lower --nproc_per_node, or pass --device cpu"
             )
         return torch.device("cuda", index)
     if device.type == "mps":
@@ -188,7 +190,8 @@ def choose_device(wanted: str, world_size: int = 1, local_rank: int = 0) -> torc
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the hardware multiplies it, else float16 with loss scaling on CUDA, else float32."""
+    """`auto`: bfloat16 where the hardware multiplies it, else float16 with loss scaling on CUDA, else
+    float32."""
     if wanted in (None, "auto"):
         if has_bfloat16(device):
             return torch.bfloat16
@@ -235,8 +238,8 @@ def cpu_has_bfloat16() -> bool:
 
 
 def set_threads(num_threads: int, device: torch.device):
-    """0 = what the environment says (OMP_NUM_THREADS), and on CPU under torchrun a fair share of the cores, since
-    torchrun itself sets one thread per process."""
+    """0 = what the environment says (OMP_NUM_THREADS), and on CPU under torchrun a fair share of the cores,
+    since torchrun itself sets one thread per process."""
     if not num_threads and device.type == "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         num_threads = max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
     if num_threads:
@@ -244,8 +247,8 @@ def set_threads(num_threads: int, device: torch.device):
 
 
 def tune_allocator():
-    """Keep freed memory (Linux/glibc): by default every large tensor is mapped and unmapped, and a fresh bfloat16 product
-    loses more time to page faults than to arithmetic. Whole training steps gain 7-9 %."""
+    """Keep freed memory (Linux/glibc): by default every large tensor is mapped and unmapped, and a fresh
+    bfloat16 product loses more time to page faults than to arithmetic. Whole training steps gain 7-9 %."""
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
         return  # another allocator (jemalloc, tcmalloc) is not glibc's to tune
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -261,8 +264,8 @@ def tune_allocator():
 
 
 def catch_signals(rt: Runtime):
-    """From now on Ctrl-C and SIGTERM ask the loop to finish its step, save and exit 0. A second Ctrl-C stops at once;
-    files are written whole or not at all, so even that leaves nothing torn."""
+    """From now on Ctrl-C and SIGTERM ask the loop to finish its step, save and exit 0. A second Ctrl-C
+    stops at once; files are written whole or not at all, so even that leaves nothing torn."""
     if threading.current_thread() is not threading.main_thread() or rt.old_handlers:
         return
 
@@ -292,7 +295,8 @@ def release_signals(rt: Runtime):
 def total(x, rt: Runtime):
     """The sum of a number (or of nested lists of numbers) over all processes, in float64 on the CPU.
 
-    Every process must call it. The request to stop travels with it, so that after any `total` all know the same.
+    Every process must call it. The request to stop travels with it, so that after any `total` all know the
+    same.
     """
     numbers = plain(x)
     if rt.world_size == 1:
@@ -339,7 +343,8 @@ def broadcast(x, rt: Runtime):
 
 @contextlib.contextmanager
 def main_first(rt: Runtime):
-    """The first process of each machine does the work (say, builds the token cache); the others find it done."""
+    """The first process of each machine does the work (say, builds the token cache); the others find it
+    done."""
     if rt.world_size > 1 and rt.local_rank != 0:
         dist.barrier(group=rt.host_group)
     yield
@@ -348,8 +353,8 @@ def main_first(rt: Runtime):
 
 
 def wrap(model, rt: Runtime):
-    """Move to the device and, with several processes, wrap for gradient averaging. The loss-bearing forward must go
-    through what this returns; sampling and saving use `bare(model)`."""
+    """Move to the device and, with several processes, wrap for gradient averaging. The loss-bearing forward
+    must go through what this returns; sampling and saving use `bare(model)`."""
     model.to(rt.device)
     if rt.world_size == 1:
         return model
@@ -366,14 +371,14 @@ def bare(model):
 
 
 def no_sync(model, rt: Runtime, last: bool):
-    """Around the forward AND the backward of a micro-batch: gradients are exchanged only for the last one of a step.
-    (Around the backward alone it does nothing: DDP decides in the forward.)"""
+    """Around the forward AND the backward of a micro-batch: gradients are exchanged only for the last one
+    of a step. (Around the backward alone it does nothing: DDP decides in the forward.)"""
     return contextlib.nullcontext() if rt.world_size == 1 or last else model.no_sync()
 
 
 def backward(loss: torch.Tensor, rt: Runtime):
-    """Gradients of this process's share of a loss that was divided by the count of ALL processes. DDP averages where the
-    formula sums, hence the factor; with float16 the GradScaler adds its own."""
+    """Gradients of this process's share of a loss that was divided by the count of ALL processes. DDP
+    averages where the formula sums, hence the factor; with float16 the GradScaler adds its own."""
     loss = loss * rt.world_size
     (loss if rt.scaler is None else rt.scaler.scale(loss)).backward()
 
@@ -415,18 +420,20 @@ def count_bad_step(rt: Runtime, grad_norm: float):
     overflow = rt.scaler is not None and rt.scaler.get_scale() >= 1
     if not overflow:
         rt.print(
-            f"gradient norm {grad_norm}: step skipped, nothing changed ({rt.bad_steps} in a row); {rt.samples}"
+            f"gradient norm {grad_norm}: step skipped, nothing changed ({rt.bad_steps} in a row); "
+            f"{rt.samples}"
         )
     if rt.bad_steps >= (MAX_OVERFLOWS if overflow else MAX_BAD_STEPS):
         raise TrainingError(
-            f"{rt.bad_steps} steps in a row had a gradient that is not finite, the last from {rt.samples}; the files on "
-            "disk keep the last good weights. Lower --learning_rate or --grad_clip, look at those rows, or pass "
-            "--dtype float32, then continue with --from_resume 1"
+            f"{rt.bad_steps} steps in a row had a gradient that is not finite, the last from {rt.samples}; "
+            "the files on disk keep the last good weights. Lower --learning_rate or --grad_clip, look at "
+            "those rows, or pass --dtype float32, then continue with --from_resume 1"
         )
 
 
 def snapshot(model, optimizers, rt: Runtime):
-    """Remember fresh weights and optimizers; the function returned puts them back (see batches.steps_for_minutes)."""
+    """Remember fresh weights and optimizers; the function returned puts them back (see
+    batches.steps_for_minutes)."""
     weights = {name: tensor.detach().clone() for name, tensor in bare(model).state_dict().items()}
     scale = rt.scaler.state_dict() if rt.scaler is not None else None
 
@@ -449,9 +456,9 @@ def snapshot(model, optimizers, rt: Runtime):
 
 
 def maybe_compile(model, use_compile: str | int, rt: Runtime, worth_it: bool = True):
-    """`1`: compile. `0`: do not. `auto`: compile when a short trial succeeds (it needs a C++ compiler on CPU, Triton on
-    CUDA) and `worth_it`; otherwise say so and go on uncompiled. Works on a model (its `compile_blocks` where it has one)
-    or on a function; returns what to call."""
+    """`1`: compile. `0`: do not. `auto`: compile when a short trial succeeds (it needs a C++ compiler on
+    CPU, Triton on CUDA) and `worth_it`; otherwise say so and go on uncompiled. Works on a model (its
+    `compile_blocks` where it has one) or on a function; returns what to call."""
     wanted = str(use_compile)
     if wanted == "0":
         return model
@@ -526,7 +533,8 @@ def available_memory_gb(rt: Runtime) -> float | None:
     return None
 
 
-# Dense bfloat16 tensor rates with float32 accumulation, TFLOP/s, from the vendors' data sheets; first match counts.
+# Dense bfloat16 tensor rates with float32 accumulation, TFLOP/s, from the vendors' data sheets; first match
+# counts.
 GPU_TFLOPS = [
     (r"B200|GB200", 2250),
     (r"H200|GH200|H100.*(SXM|HBM3)|H800", 989),
@@ -549,8 +557,8 @@ GPU_TFLOPS = [
 
 
 def peak_flops(rt: Runtime) -> float | None:
-    """FLOP/s that count as 100 % in MFU, over all processes: a GPU's data sheet; on a CPU the best of a few products of
-    this project's size, measured here. None when unknown."""
+    """FLOP/s that count as 100 % in MFU, over all processes: a GPU's data sheet; on a CPU the best of a few
+    products of this project's size, measured here. None when unknown."""
     if rt.device.type == "cuda":
         name = torch.cuda.get_device_name(rt.device)
         for pattern, tflops in GPU_TFLOPS:
@@ -584,8 +592,8 @@ def memory_advice(args) -> str:
     if getattr(args, "batch_size", 1) > 1:
         half = args.batch_size // 2
         advice.append(
-            f"--batch_size {half} --accumulation_steps {2 * getattr(args, 'accumulation_steps', 1)} (half the memory, "
-            "the same update)"
+            f"--batch_size {half} --accumulation_steps {2 * getattr(args, 'accumulation_steps', 1)} (half "
+            "the memory, the same update)"
         )
     if getattr(args, "max_seq_len", 0):
         advice.append(f"a shorter --max_seq_len (now {args.max_seq_len})")

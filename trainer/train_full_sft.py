@@ -1,20 +1,20 @@
-"""Supervised fine-tuning: learn to answer. Same model, same loss as pretraining, but only what the assistant says
-is a target.
+"""Supervised fine-tuning: learn to answer. Same model, same loss as pretraining, but only what the
+assistant says is a target.
 
     L = - 1/N * sum over answer tokens t:  log p(x_t | x_0 ... x_{t-1})
 
-An answer begins behind the generation prompt and ends with <|im_end|>, which is a target too: that is how the
-model learns to stop. Questions, system prompts and tool results are read, never predicted. N counts the answer
-tokens of the whole optimizer step, over micro-batches and processes; a mean of means would give a token of a
-short answer more weight than one of a long answer. Instruction tuning: Ouyang et al. 2022,
+An answer begins behind the generation prompt and ends with <|im_end|>, which is a target too: that is how
+the model learns to stop. Questions, system prompts and tool results are read, never predicted. N counts the
+answer tokens of the whole optimizer step, over micro-batches and processes; a mean of means would give a
+token of a short answer more weight than one of a long answer. Instruction tuning: Ouyang et al. 2022,
 https://arxiv.org/abs/2203.02155, section 3.5, step 1.
 
     python trainer/train_full_sft.py
     python trainer/train_full_sft.py --preset minimind-3 --data_path my_chats.jsonl --epochs 2
     torchrun --nproc_per_node 2 trainer/train_full_sft.py
 
-Reads lines {"conversations": [{"role", "content"}, ...]} and out/pretrain_512.pth; writes out/full_sft_512.pth.
-Next: python eval_llm.py --weight full_sft.
+Reads lines {"conversations": [{"role", "content"}, ...]} and out/pretrain_512.pth; writes
+out/full_sft_512.pth. Next: python eval_llm.py --weight full_sft.
 """
 
 import sys
@@ -27,7 +27,8 @@ from trainer.train_pretrain import token_loss  # the same loss; what is a target
 
 
 def train_step(model, micro_batches, optimizers, lr_factor, args, rt) -> dict:
-    """One optimizer step; returns what the log wants. A step without targets changes nothing and is counted."""
+    """One optimizer step; returns what the log wants. A step without targets changes nothing and is
+    counted."""
     from trainer import optim, runtime
 
     lr = optim.set_lr(optimizers, lr_factor)

@@ -31,7 +31,8 @@ def token_loss(loss_sum, num_targets, aux_loss=None, num_micro=1):
 
 
 def train_step(model, micro_batches, optimizers, lr_factor, args, rt) -> dict:
-    """One optimizer step; returns what the log wants. A step without targets changes nothing and is counted."""
+    """One optimizer step; returns what the log wants. A step without targets changes nothing and is
+    counted."""
     from trainer import optim, runtime
 
     lr = optim.set_lr(optimizers, lr_factor)

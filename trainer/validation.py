@@ -8,11 +8,11 @@ from trainer import batches, runtime
 
 
 def validate(model, dataset, args, rt) -> dict:
-    """{"val_loss", "val_bpb"} of a held-out set; {} for None. The same set gives the same numbers for any number of
-    processes (up to rounding): sums are divided once.
+    """{"val_loss", "val_bpb"} of a held-out set; {} for None. The same set gives the same numbers for any
+    number of processes (up to rounding): sums are divided once.
 
-    val_loss: nats per target token. val_bpb: bits per UTF-8 byte of the target text, sum of nats / (ln 2 * bytes); it does
-    not depend on the vocabulary, so different tokenizers can be compared.
+    val_loss: nats per target token. val_bpb: bits per UTF-8 byte of the target text, sum of nats / (ln 2 *
+    bytes); it does not depend on the vocabulary, so different tokenizers can be compared.
     """
     if dataset is None:
         return {}
