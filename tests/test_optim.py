@@ -1,0 +1,147 @@
+"""Muon against torch.optim.Muon and its scalar map, AdamW by hand, schedules against transformers."""
+
+import math
+
+import pytest
+import torch
+from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
+
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer.optim import Muon, build_optimizers, lr_factor, orthogonalise, set_lr, split_parameters
+
+
+def tiny_model(**fields):
+    torch.manual_seed(0)
+    config = dict(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    )
+    return MiniMindForCausalLM(MiniMindConfig(**(config | fields)))
+
+
+def test_newton_schulz_is_the_quintic_on_each_singular_value():
+    """G = diag(3, 4): normalised 0.6, 0.8; each step maps s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5."""
+    G = torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))[None]
+    one, five = orthogonalise(G, 1)[0], orthogonalise(G, 5)[0]
+    torch.testing.assert_close(one.diag(), torch.tensor([1.19326944, 0.97648192]).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        five.diag(), torch.tensor([0.72287617, 1.11920393]).double(), rtol=1e-5, atol=0
+    )
+    assert one.fill_diagonal_(0).abs().max() < 1e-12
+
+
+def test_a_batch_of_matrices_equals_one_by_one_tall_and_wide():
+    for shape in [(3, 8, 20), (3, 20, 8)]:
+        G = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(orthogonalise(G), torch.cat([orthogonalise(g[None]) for g in G]))
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 48)])
+def test_updates_equal_torch_muon(shape):
+    """torch iterates in bfloat16, so updates agree to a few percent in relative Frobenius norm."""
+    torch.manual_seed(1)
+    start = torch.randn(shape)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    a = Muon([ours], lr=0.02, momentum=0.95, weight_decay=0.1, ns_dtype=torch.float32)
+    b = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="original")
+    for _ in range(3):
+        before = ours.detach().clone(), theirs.detach().clone()
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        a.step()
+        b.step()
+        da, db = ours.detach() - before[0], theirs.detach() - before[1]
+        assert (da - db).norm() / db.norm() < 0.05
+
+
+def test_muon_refuses_vectors():
+    with pytest.raises(ValueError, match="matrices"):
+        Muon([torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_adamw_by_hand():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    (optimizer,) = build_optimizers(model, "adamw", learning_rate=0.1, weight_decay=0.0, betas=(0.9, 0.95))
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    for grad, value in [(0.5, 0.890000002), (-0.25, 0.8542630579)]:
+        model.weight.grad = torch.full((1, 1), grad)
+        optimizer.step()
+        assert math.isclose(model.weight.item(), value, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_every_parameter_is_optimised_exactly_once(moe, name):
+    model = tiny_model(use_moe=moe)
+    optimizers = build_optimizers(model, name)
+    seen = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(seen) == sorted(id(p) for p in model.parameters())
+
+
+def test_muon_gets_hidden_matrices_only():
+    model = tiny_model(use_moe=True, qk_norm=True)
+    hidden, other, vectors = split_parameters(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)] for p in other} == {
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.gate.weight",
+        "model.layers.1.mlp.gate.weight",
+    }
+    assert all(p.ndim == 1 for p in vectors)
+    assert any("experts.3.down_proj" in names[id(p)] for p in hidden)
+    adamw, muon = build_optimizers(model, "muon", weight_decay=0.1)
+    assert [g["weight_decay"] for g in adamw.param_groups] == [0.0]
+    assert [g["weight_decay"] for g in muon.param_groups] == [0.1]
+
+
+def test_set_lr_scales_every_group_from_its_own_peak():
+    adamw, muon = build_optimizers(tiny_model(), "muon", learning_rate=1e-3, muon_lr=0.02)
+    assert set_lr([adamw, muon], 0.5) == 5e-4
+    assert muon.param_groups[0]["lr"] == 0.01
+    set_lr([adamw, muon], 1.0)
+    assert muon.param_groups[0]["lr"] == 0.02
+
+
+def reference(scheduler_for, steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, rates = scheduler_for(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_cosine_and_wsd_shapes_equal_transformers_after_the_warm_up():
+    cosine = reference(lambda o: get_cosine_with_min_lr_schedule_with_warmup(o, 4, 12, min_lr_rate=0.1), 13)
+    ours = [lr_factor(s, 12, "cosine", warmup_steps=4, min_factor=0.1) for s in range(13)]
+    assert ours[4:] == pytest.approx(cosine[4:], abs=1e-6)
+    wsd = reference(
+        lambda o: get_wsd_schedule(
+            o,
+            num_warmup_steps=0,
+            num_stable_steps=6,
+            num_decay_steps=4,
+            decay_type="linear",
+            min_lr_ratio=0.1,
+        ),
+        11,
+    )
+    ours = [lr_factor(s, 10, "wsd", decay_fraction=0.4, min_factor=0.1) for s in range(11)]
+    assert ours == pytest.approx(wsd, abs=1e-6)
+
+
+def test_no_schedule_rises_again_after_its_end_and_the_warm_up_never_starts_at_zero():
+    for schedule in ("wsd", "cosine", "linear"):
+        rates = [lr_factor(s, 20, schedule, warmup_steps=3, min_factor=0.05) for s in range(60)]
+        assert rates[:3] == [0.25, 0.5, 0.75]
+        assert all(b <= a for a, b in zip(rates[3:], rates[4:]))
+        assert rates[20:] == pytest.approx([0.05] * 40)
+    assert lr_factor(1000, 20, "constant") == 1.0
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="muon or adamw"):
+        build_optimizers(tiny_model(), "sgd")
+    with pytest.raises(ValueError, match="wsd"):
+        lr_factor(0, 10, "step")
