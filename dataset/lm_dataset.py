@@ -119,9 +119,9 @@ class TextEncoder:
 
     def fingerprint(self, with_template):
         """Hash of everything that decides the ids of a text."""
-        settings = json.loads(self.spec[0])
-        settings.update(truncation=None, padding=None)
-        content = [settings, self.bos, self.eos, self.chat_template if with_template else None]
+        template = self.chat_template if with_template else None
+        # as the tokenizers library writes it, so that different spellings of one tokenizer.json are equal
+        content = [self.plain.to_str(), self.special_ids, self.bos, self.eos, template]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def token_bytes(self):

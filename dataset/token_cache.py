@@ -294,7 +294,9 @@ def _build(path, kind, encoder, num_workers, options, parts, target, lock):
             files = {name: stack.enter_context((part / f"{name}.bin").open("wb")) for name in names}
             files["offsets"].write(np.zeros(1, np.int64).tobytes())
             blocks = iter_blocks(path, BLOCK_BYTES)
-            for result, read in _encode_blocks(blocks, encoder.spec, task, num_workers):
+            results = _encode_blocks(blocks, encoder.spec, task, num_workers)
+            stack.enter_context(contextlib.closing(results))  # ends the workers whatever happens
+            for result, read in results:
                 if "error" in result:
                     raise DataError(result["error"])
                 files["tokens"].write(result["tokens"])
@@ -378,9 +380,12 @@ def _encode_blocks(blocks, spec, task, num_workers):
         while waiting:
             yield waiting.popleft().result()
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.kill()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
+        for worker in workers:  # one may have been starting just then
+            worker.kill()
 
 
 class _Worker:

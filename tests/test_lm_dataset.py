@@ -248,6 +248,13 @@ def test_a_document_decodes_to_its_text(body):
     assert TextEncoder.of(repo_tokenizer()).token_bytes()[ids].sum() == len(body.encode())
 
 
+def test_the_tokenizer_folder_read_without_transformers_is_the_same_tokenizer():
+    one, other = TextEncoder.of(repo_tokenizer()), TextEncoder.from_folder(REPO / "model")
+    assert one.fingerprint(True) == other.fingerprint(True) != one.fingerprint(False)
+    assert (one.bos, one.eos, one.pad, one.vocab_size) == (other.bos, other.eos, other.pad, other.vocab_size)
+    assert other.vocab_size == len(repo_tokenizer())
+
+
 def test_tools_are_found_under_both_names_and_in_both_spellings():
     base, _ = CONVERSATIONS[10]
     expected = render_conversation(repo_tokenizer(), base, TOOLS)
