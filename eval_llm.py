@@ -1,16 +1,18 @@
 """Talk to a model.
 
-    python eval_llm.py                                     # the newest out/full_sft_*.pth; chat in the terminal
+    python eval_llm.py                                     # the newest out/full_sft_*.pth, in the terminal
     python eval_llm.py --weight pretrain --prompt "The sky is"
-    echo "你好" | python eval_llm.py --weight dpo          # one prompt per line, nothing is asked
-    python eval_llm.py --load_from path/to/folder          # a transformers model folder (with config.json)
+    echo "你好" | python eval_llm.py --weight dpo          # one prompt per line, nothing is asked; a pipe
+                                                           # with nothing in it gets the fixed prompts
+    python eval_llm.py --load_from path/to/folder          # a transformers folder (with config.json)
 
-The architecture comes from the weight file. Weights named pretrain* continue raw text, all others answer in the
-chat format. In the terminal: /exit, an empty line, Ctrl-D or Ctrl-C end the talk; Ctrl-C during an answer ends
-the answer.
+The architecture comes from the weight file. Weights named pretrain* continue raw text, all others answer in
+the chat format. In the terminal: /exit, an empty line, Ctrl-D or Ctrl-C end the talk; Ctrl-C during an answer
+ends the answer.
 """
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -61,37 +63,159 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False, usage="%(prog)s [flags]"
     )
     g = parser.add_argument_group("which model")
-    g.add_argument("--weight", default="full_sft", metavar="NAME", help="name of the stage that wrote the weights: pretrain, full_sft, dpo, reason, grpo, ...; or a .pth file")  # fmt: skip
-    g.add_argument("--hidden_size", type=cli.positive_int, metavar="N", help="width in the file name; without it: the newest file of that name")  # fmt: skip
-    g.add_argument("--use_moe", type=cli.switch, metavar="0|1", help="1 = the _moe file, 0 = the dense one; without it: whichever is there")  # fmt: skip
-    g.add_argument("--preset", choices=cli.PRESETS, metavar="NAME", help=f"width and kind of a known architecture: {', '.join(cli.PRESETS)}")  # fmt: skip
-    g.add_argument("--num_hidden_layers", type=cli.positive_int, metavar="N", help="number of blocks the file must have; without it: whatever it has")  # fmt: skip
-    g.add_argument("--save_dir", "--out_dir", type=Path, default=ROOT / "out", metavar="DIR", help="folder of the weights")  # fmt: skip
-    g.add_argument("--load_from", type=Path, default=ROOT / "model", metavar="DIR", help="a folder with config.json is a transformers model; any other is the tokenizer that goes with --weight")  # fmt: skip
+    g.add_argument(
+        "--weight",
+        default="full_sft",
+        metavar="NAME",
+        help="name of the stage that wrote the weights: pretrain, full_sft, dpo, reason, grpo, "
+        "...; or a .pth file",
+    )
+    g.add_argument(
+        "--hidden_size",
+        type=cli.positive_int,
+        metavar="N",
+        help="width in the file name; without it: the newest file of that name",
+    )
+    g.add_argument(
+        "--use_moe",
+        type=cli.switch,
+        metavar="0|1",
+        help="1 = the _moe file, 0 = the dense one; without it: whichever is there",
+    )
+    g.add_argument(
+        "--preset",
+        choices=cli.PRESETS,
+        metavar="NAME",
+        help=f"width and kind of a known architecture: {', '.join(cli.PRESETS)}",
+    )
+    g.add_argument(
+        "--num_hidden_layers",
+        type=cli.positive_int,
+        metavar="N",
+        help="number of blocks the file must have; without it: whatever it has",
+    )
+    g.add_argument(
+        "--save_dir",
+        "--out_dir",
+        type=Path,
+        default=ROOT / "out",
+        metavar="DIR",
+        help="folder of the weights",
+    )
+    g.add_argument(
+        "--load_from",
+        type=Path,
+        default=ROOT / "model",
+        metavar="DIR",
+        help="a folder with config.json is a transformers model; any other is the tokenizer that "
+        "goes with --weight",
+    )
     g.add_argument("--lora_weight", "--lora_name", default="None", metavar="NAME", help="adapter to add")
-    g.add_argument("--inference_rope_scaling", nargs="?", type=cli.switch, const=1, default=0, metavar="0|1", help="YaRN: stretch positions x16 over original_max_position_embeddings")  # fmt: skip
+    g.add_argument(
+        "--inference_rope_scaling",
+        nargs="?",
+        type=cli.switch,
+        const=1,
+        default=0,
+        metavar="0|1",
+        help="YaRN: stretch positions x16 over original_max_position_embeddings",
+    )
     g.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
-    g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "int8"), help="auto = bfloat16 where the hardware multiplies it, else float32; int8 = 8-bit weights, fastest for one talk on a CPU")  # fmt: skip
+    g.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16", "int8"),
+        help="auto = bfloat16 where the hardware multiplies it, else float32; int8 = 8-bit "
+        "weights, fastest for one talk on a CPU",
+    )
 
     g = parser.add_argument_group("what to ask")
-    g.add_argument("--prompt", action="append", metavar="TEXT", help="ask this and end; may be given several times")  # fmt: skip
+    g.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="ask this and end; may be given several times"
+    )
     g.add_argument("--auto", action="store_true", help="ask the eight fixed prompts and end")
-    g.add_argument("--historys", "--history_cnt", type=cli.count, default=0, metavar="N", help="past messages the model sees (questions and answers each count; an even number)")  # fmt: skip
-    g.add_argument("--open_thinking", type=cli.switch, default=0, metavar="0|1", help="1 = the answer begins with thoughts")  # fmt: skip
-    g.add_argument("--show_speed", type=cli.switch, default=1, metavar="0|1", help="print tokens per second, reading the prompt included")  # fmt: skip
+    g.add_argument(
+        "--historys",
+        "--history_cnt",
+        type=cli.count,
+        default=0,
+        metavar="N",
+        help="past messages the model sees (questions and answers each count; an even number)",
+    )
+    g.add_argument(
+        "--open_thinking",
+        type=cli.switch,
+        default=0,
+        metavar="0|1",
+        help="1 = the answer begins with thoughts",
+    )
+    g.add_argument(
+        "--show_speed",
+        type=cli.switch,
+        default=1,
+        metavar="0|1",
+        help="print tokens per second, reading the prompt included",
+    )
 
     g = parser.add_argument_group("how to answer")
-    g.add_argument("--max_new_tokens", "--max_seq_len", type=cli.positive_int, default=8192, metavar="N", help="longest answer in tokens")  # fmt: skip
-    g.add_argument("--temperature", type=cli.non_negative_float, default=0.85, metavar="X", help="0 = always the likeliest token, larger = more random")  # fmt: skip
-    g.add_argument("--top_p", type=cli.number_type(float, above=0, high=1), default=0.95, metavar="X", help="draw from the likeliest tokens that together reach this probability, 1 = from all")  # fmt: skip
-    g.add_argument("--top_k", type=cli.count, default=0, metavar="N", help="draw from the N likeliest tokens, 0 = from all")  # fmt: skip
-    g.add_argument("--min_p", type=cli.fraction, default=0.0, metavar="X", help="draw from tokens at least X times as likely as the likeliest, 0 = from all")  # fmt: skip
-    g.add_argument("--repetition_penalty", type=cli.positive_float, default=1.0, metavar="X", help="above 1 makes tokens seen before less likely, 1 = off")  # fmt: skip
-    g.add_argument("--seed", type=cli.count, metavar="N", help="repeat the same answers; without it every run differs")  # fmt: skip
+    g.add_argument(
+        "--max_new_tokens",
+        "--max_seq_len",
+        type=cli.positive_int,
+        default=8192,
+        metavar="N",
+        help="longest answer in tokens",
+    )
+    g.add_argument(
+        "--temperature",
+        type=cli.non_negative_float,
+        default=0.85,
+        metavar="X",
+        help="0 = always the likeliest token, larger = more random",
+    )
+    g.add_argument(
+        "--top_p",
+        type=cli.number_type(float, above=0, high=1),
+        default=0.95,
+        metavar="X",
+        help="draw from the likeliest tokens that together reach this probability, 1 = from all",
+    )
+    g.add_argument(
+        "--top_k",
+        type=cli.count,
+        default=0,
+        metavar="N",
+        help="draw from the N likeliest tokens, 0 = from all",
+    )
+    g.add_argument(
+        "--min_p",
+        type=cli.fraction,
+        default=0.0,
+        metavar="X",
+        help="draw from tokens at least X times as likely as the likeliest, 0 = from all",
+    )
+    g.add_argument(
+        "--repetition_penalty",
+        type=cli.positive_float,
+        default=1.0,
+        metavar="X",
+        help="above 1 makes tokens seen before less likely, 1 = off",
+    )
+    g.add_argument(
+        "--seed", type=cli.count, metavar="N", help="repeat the same answers; without it every run differs"
+    )
 
     g = parser.add_argument_group("names of 2025")
-    g.add_argument("--model_mode", type=int, choices=range(len(OLD_MODES)), metavar="0..5", help=f"the same as --weight {', '.join(OLD_MODES)}")  # fmt: skip
-    g.add_argument("--load", type=cli.switch, default=0, metavar="0|1", help="1 = the same as --load_from MiniMind2")  # fmt: skip
+    g.add_argument(
+        "--model_mode",
+        type=int,
+        choices=range(len(OLD_MODES)),
+        metavar="0..5",
+        help=f"the same as --weight {', '.join(OLD_MODES)}",
+    )
+    g.add_argument(
+        "--load", type=cli.switch, default=0, metavar="0|1", help="1 = the same as --load_from MiniMind2"
+    )
 
     args = parser.parse_args(argv)
     if args.model_mode is not None:
@@ -135,9 +259,7 @@ def find_weights(args) -> Path:
     if fitting:
         if len(fitting) > 1:
             others = ", ".join(p.name for p in fitting[1:4])
-            say(
-                f"several files fit: taking the newest, {fitting[0].name} (not {others}; --hidden_size chooses)"
-            )
+            say(f"several files fit: taking the newest, {fitting[0].name}, not {others} (see --hidden_size)")
         return fitting[0]
     wanted = f"{args.weight}_{hidden_size or '*'}{'_moe' if use_moe else ''}.pth"
     there = ", ".join(p.name for p in ([p for p, _ in matches] or files)[:6])
@@ -221,9 +343,12 @@ class Transformers:
 
     def encode(self, messages, open_thinking):
         text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, open_thinking=open_thinking,
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            open_thinking=open_thinking,
             enable_thinking=open_thinking,
-        )  # fmt: skip
+        )
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def answer(self, prompt, settings):
@@ -333,7 +458,7 @@ class Talk:
         self.settings = {name: getattr(args, name) for name in names}
 
     def ask(self, prompt: str) -> bool:
-        """Print the answer as it comes. False when there was none because something is wrong with the prompt."""
+        """Print the answer as it comes. False when there is none because the prompt is wrong."""
         from dataset.lm_dataset import DataError
 
         past = self.history[-self.args.historys :] if self.args.historys else []
@@ -416,7 +541,9 @@ def main(args):
         elif args.auto:
             wrong = ask_all(talk, fixed)
         elif sys.stdin is None or not sys.stdin.isatty():
-            wrong = ask_all(talk, piped_prompts() if sys.stdin is not None else ())
+            lines = piped_prompts() if sys.stdin is not None else iter(())
+            first = next(lines, None)  # an empty pipe: /dev/null, a scheduler
+            wrong = ask_all(talk, fixed if first is None else itertools.chain([first], lines))
         elif choose_mode() == "0":
             wrong = ask_all(talk, fixed)
         else:

@@ -362,8 +362,8 @@ def weight_of(linear: nn.Module) -> torch.Tensor:
     else."""
     if not isinstance(linear, nn.Linear) or "forward" in linear.__dict__ or linear.bias is not None:
         raise ValueError(
-            f"generation works on plain linear layers without bias, not on {type(linear).__name__} with its own forward: "
-            "merge adapters into the weights first"
+            "generation works on plain linear layers without bias, not on a "
+            f"{type(linear).__name__} that computes something else: merge adapters into the weights first"
         )
     return linear.weight.detach()
 
@@ -756,7 +756,7 @@ class Generator:
                 raise ValueError(f"prompt {i} is empty: there is no position to continue from")
             if len(prompt) >= limit:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens, but the model has {limit} positions: nothing could be added"
+                    f"prompt {i} has {len(prompt)} tokens, the model has {limit} positions: no room to answer"
                 )
             if min(prompt) < 0 or max(prompt) >= V:
                 raise ValueError(
