@@ -18,6 +18,7 @@ import array
 import collections
 import hashlib
 import json
+import os
 import re
 import types
 
@@ -408,4 +409,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(parse_args()))
+    try:
+        raise SystemExit(main(parse_args()))
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        raise SystemExit(1) from None

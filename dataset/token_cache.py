@@ -140,6 +140,8 @@ def _writable_folder(path, cache_dir):
     """The given folder, or .token_cache beside the file, or out/.token_cache where that can not be
     written."""
     beside = Path(path).resolve().parent / ".token_cache" if Path(path).exists() else None
+    if beside and not beside.parent.stat().st_mode & 0o222:
+        beside = None  # read-only by its mode: an administrator could write there all the same, and must not
     for folder in [Path(cache_dir)] if cache_dir else [beside, REPO / "out" / ".token_cache"]:
         if folder is not None:
             try:
@@ -149,7 +151,7 @@ def _writable_folder(path, cache_dir):
             except OSError:
                 continue
     raise DataError(
-        f"no folder to write the token cache to (tried {cache_dir or beside}): give a writable cache_dir"
+        f"no folder to write the token cache to (tried {cache_dir or beside or 'out/.token_cache'}): give a writable cache_dir"
     )
 
 

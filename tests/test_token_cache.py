@@ -167,6 +167,19 @@ def test_a_folder_that_can_not_be_written_falls_back_to_out(tmp_path, monkeypatc
         open_cache(file, cache_dir=tmp_path / "file")
 
 
+def test_a_folder_that_is_read_only_by_its_mode_is_left_alone_even_by_root(tmp_path, monkeypatch):
+    """Root may write anywhere; a cache once appeared inside a read-only data collection that way."""
+    (tmp_path / "data").mkdir()
+    file = write_jsonl(tmp_path / "data" / "a.jsonl", [{"text": "a"}])
+    monkeypatch.setattr(token_cache, "REPO", tmp_path / "repo")
+    (tmp_path / "data").chmod(0o555)
+    try:
+        assert open_cache(file).folder.parent == tmp_path / "repo" / "out" / ".token_cache"
+        assert [p.name for p in (tmp_path / "data").iterdir()] == ["a.jsonl"]
+    finally:
+        (tmp_path / "data").chmod(0o755)
+
+
 def test_an_error_in_a_worker_is_reported_like_any_other(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}] * 3 + [{"text": None}])
     with pytest.raises(DataError, match="a.jsonl:4:"):
