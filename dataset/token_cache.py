@@ -150,9 +150,8 @@ def _writable_folder(path, cache_dir):
                     return folder
             except OSError:
                 continue
-    raise DataError(
-        f"no folder to write the token cache to (tried {cache_dir or beside or 'out/.token_cache'}): give a writable cache_dir"
-    )
+    tried = cache_dir or beside or "out/.token_cache"
+    raise DataError(f"no folder to write the token cache to (tried {tried}): give a writable cache_dir")
 
 
 def _safe_name(path):
