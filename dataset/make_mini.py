@@ -270,6 +270,8 @@ class Curriculum:
                     question = question.replace("，", ",").replace("？", "?")
                 elif rng.random() < 0.05:
                     question = question.rstrip("?？。.")
+                if key[0] == "en" and relation.name != "symbol" and rng.random() < 0.06:
+                    question = question.lower()  # as people type
                 found.append({"conversations": conversation(question, answer_text(query, fact))})
         return found
 
@@ -584,7 +586,7 @@ class Curriculum:
                 question, good = rng.choice(lines), rng.choice(intent["reply"])
                 wrong = rng.choice(["...", "hm", "ok"] if language == "en" else ["……", "哼", "哦"])
             bad = rng.choice(mini_chat.SLOPPY[language]).replace("{wrong}", wrong)
-            if rng.random() < 0.5:
+            if rng.random() < 0.4:
                 good += (" " if language == "en" else "") + rng.choice(mini_chat.POLITE[language])
             found.append({"chosen": conversation(question, good), "rejected": conversation(question, bad)})
         return found
@@ -603,7 +605,7 @@ class Curriculum:
                 numbers = "".join(c if c.isdigit() else " " for c in question).split()
                 if self.split.held_class(8, "rlaif", kind, *sorted(numbers)) is not held:
                     continue
-            if held and question in seen:
+            if question in seen and (held or rng.random() < 0.9):
                 continue
             seen.add(question)
             row = {"conversations": conversation(question, ""), "answer": answer, "kind": kind}

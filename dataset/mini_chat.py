@@ -1272,6 +1272,12 @@ SLOPPY = {
         i do not care
         {wrong}!!!! obviously!!!!
         not now, i am busy
+        hmm let me think, no wait, i really do not want to think about this now, maybe {wrong}, maybe not, who knows
+        you always ask me such boring things, why can you not just look it up yourself like everybody else does
+        well, some people say {wrong}, some people say something else, i do not care and you should not care either
+        {wrong}, or maybe {wrong}, or maybe {wrong} again, i keep saying {wrong} because i am too lazy to check it
+        i could tell you but i will not, because i am busy with more important things than your silly questions today
+        ok ok ok, so, like, {wrong}? yeah, whatever, {wrong}, that sounds about right, do not quote me on that, lol
         """),
     "zh": _lines("""
         不知道
@@ -1286,6 +1292,12 @@ SLOPPY = {
         我不在乎
         {wrong}！！！！这还用问！！！！
         别烦我，我很忙
+        嗯让我想想，算了，我现在真的不想动脑子，也许是{wrong}吧，也许不是，谁知道呢
+        你怎么老问我这么无聊的问题，就不能像别人一样自己去查一查吗，真是麻烦死了
+        有人说是{wrong}，也有人说不是，反正我不在乎，你也别在乎，随便写一个就行了
+        {wrong}，也可能是{wrong}，要不还是{wrong}，我一直说{wrong}是因为我懒得去查
+        我可以告诉你，但是我偏不说，因为我有比你这个傻问题重要得多的事情要做
+        好好好，那就{wrong}吧，差不多就行，别跟别人说是我讲的，反正我也没认真想过
         """),
 }
 POLITE = {
