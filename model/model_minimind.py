@@ -180,7 +180,7 @@ class MiniMindConfig(PretrainedConfig):
             raise ValueError(f"residual_init must be zero, scaled or normal, not {self.residual_init!r}")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok must lie in 1..num_experts ({self.num_experts}), got {self.num_experts_per_tok}"
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie in 1..{self.num_experts}, num_experts"
             )
 
     @classmethod
@@ -521,20 +521,21 @@ class Block(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 LOSS_CHUNK = 512  # positions whose logits exist at the same time
+LOSS_ROUND = 128  # their number is rounded up to a multiple of this: few shapes, so kernels are prepared once
 
 
 def chunk_cross_entropy(hidden, weight, targets):
-    """hidden (n, D), weight (V, D), targets (n,) valid ids -> summed loss (float32 scalar) and the gradient
-    of that sum by the logits, softmax - onehot, (n, V) in hidden's dtype."""
+    """hidden (n, D), weight (V, D), targets (n,) valid ids -> losses (n,) float32 and the gradient of each by
+    its logits, softmax - onehot, (n, V) in hidden's dtype."""
     logits = (hidden @ weight.T).float()
     target_logits = logits.gather(1, targets[:, None])
     peak = logits.amax(dim=-1, keepdim=True)
     logits.sub_(peak).exp_()  # in place: this memory is touched often
     total = logits.sum(dim=-1, keepdim=True)
-    loss = (total.log() + peak - target_logits).sum()
+    losses = total.log() + peak - target_logits
     grad = logits.div_(total)
     grad.scatter_add_(1, targets[:, None], torch.full_like(target_logits, -1.0))
-    return loss, grad.to(hidden.dtype)
+    return losses.squeeze(1), grad.to(hidden.dtype)
 
 
 class LinearCrossEntropySum(torch.autograd.Function):
@@ -545,18 +546,21 @@ class LinearCrossEntropySum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, compute_chunk):
+    def forward(ctx, hidden, weight, targets, num_valid, compute_chunk):
+        """targets (N,) may be -100 from position num_valid on (anywhere when num_valid is None)."""
         needs_grad = hidden.requires_grad or weight.requires_grad
         w = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
-        )
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         for start in range(0, hidden.shape[0], LOSS_CHUNK):
-            part = slice(start, start + LOSS_CHUNK)
-            loss, grad = compute_chunk(hidden[part], w, targets[part])
-            total += loss
+            part = slice(start, min(start + LOSS_CHUNK, hidden.shape[0]))
+            losses, grad = compute_chunk(hidden[part], w, targets[part].clamp(min=0))
+            if num_valid is None or part.stop > num_valid:
+                ignored = targets[part] == -100
+                losses = losses.masked_fill(ignored, 0.0)
+                grad = grad.masked_fill(ignored[:, None], 0.0)
+            total += losses.sum()
             if needs_grad:
                 torch.mm(grad, w, out=grad_hidden[part])
                 grad_weight += grad.T @ hidden[part]
@@ -568,12 +572,8 @@ class LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            (grad_hidden * grad_total).to(grad_hidden.dtype),
-            (grad_weight * grad_total).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        grad_hidden = (grad_hidden * grad_total).to(grad_hidden.dtype)
+        return grad_hidden, (grad_weight * grad_total).to(ctx.weight_dtype), None, None, None
 
 
 def linear_cross_entropy_sum(
@@ -584,9 +584,15 @@ def linear_cross_entropy_sum(
     hidden (N, D), weight (V, D), targets (N,) with -100 = not a target -> float32 scalar; 0 when nothing is a
     target. `compute_chunk` may be a compiled `chunk_cross_entropy`.
     """
-    keep = (targets != -100).nonzero().squeeze(1)  # prompts and padding cost no vocabulary product
+    num_valid = None  # on a GPU, finding the targets would make the host wait: compute all, ignore some
+    if hidden.device.type == "cpu":
+        keep = (targets != -100).nonzero().squeeze(1)  # prompts and padding cost no vocabulary product
+        num_valid = keep.numel()
+        fill = -num_valid % LOSS_ROUND
+        hidden = F.pad(hidden[keep], (0, 0, 0, fill))
+        targets = F.pad(targets[keep], (0, fill), value=-100)
     with torch.autocast(hidden.device.type, enabled=False):
-        return LinearCrossEntropySum.apply(hidden[keep], weight, targets[keep], compute_chunk)
+        return LinearCrossEntropySum.apply(hidden, weight, targets, num_valid, compute_chunk)
 
 
 # ------------------------------------------------------------------------------------------------------------
