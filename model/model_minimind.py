@@ -180,7 +180,7 @@ class MiniMindConfig(PretrainedConfig):
             raise ValueError(f"residual_init must be zero, scaled or normal, not {self.residual_init!r}")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie in 1..{self.num_experts}, num_experts"
+                f"num_experts_per_tok {self.num_experts_per_tok} must lie in 1..num_experts {self.num_experts}"
             )
 
     @classmethod

@@ -248,13 +248,15 @@ def set_threads(num_threads: int, device: torch.device):
 
 def tune_allocator():
     """Keep freed memory (Linux/glibc): by default every large tensor is mapped and unmapped, and a fresh
-    bfloat16 product loses more time to page faults than to arithmetic. Whole training steps gain 7-9 %."""
+    bfloat16 product loses more time to page faults than to arithmetic. Whole training steps gain 7-9 %. One
+    arena for all threads: what one frees, another can use, so that memory does not creep up."""
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
         return  # another allocator (jemalloc, tcmalloc) is not glibc's to tune
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_ARENA_MAX, 1)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
