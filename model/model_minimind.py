@@ -178,10 +178,9 @@ class MiniMindConfig(PretrainedConfig):
             )
         if self.residual_init not in ("zero", "scaled", "normal"):
             raise ValueError(f"residual_init must be zero, scaled or normal, not {self.residual_init!r}")
-        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} must lie in 1..num_experts {self.num_experts}"
-            )
+        k, num_experts = self.num_experts_per_tok, self.num_experts
+        if self.use_moe and not 1 <= k <= num_experts:
+            raise ValueError(f"num_experts_per_tok ({k}) must lie in 1..num_experts ({num_experts})")
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MiniMindConfig":
