@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from train_helpers import flags, pretrain_file, sft_file, stage_module
+from train_helpers import assert_bit_equal, flags, pretrain_file, sft_file, stage_module, train, weights
 
 from trainer import batches, checkpoint
 from trainer.runtime import TrainingError
@@ -147,17 +147,47 @@ def test_the_fingerprint_changes_with_content_length_and_packing(tmp_path):
     assert known not in (fingerprint(other), fingerprint(first, 64), fingerprint(first, pack=False))
 
 
-def test_max_minutes_is_turned_into_steps_and_leaves_no_trace(tmp_path, capsys):
+def test_max_minutes_is_turned_into_steps_and_leaves_no_trace(tmp_path, monkeypatch, capsys):
     """The rehearsed steps are taken back: the timed run equals `--max_steps N` bit for bit."""
-    from train_helpers import assert_bit_equal, log_lines, train, weights
+    original, fitting = batches.steps_for_minutes, []
 
-    train("pretrain", tmp_path / "timed", "--max_steps", 0, "--max_minutes", 0.03)
-    steps = log_lines(tmp_path / "timed")[-1]["step"]
-    assert steps > 3
-    train("pretrain", tmp_path / "counted", steps=steps)
+    def five_steps(*args):
+        fitting.append(original(*args))
+        return 5  # what fits depends on the machine
+
+    monkeypatch.setattr(batches, "steps_for_minutes", five_steps)
+    timed = ["--max_steps", 0, "--max_minutes", 0.02]
+    train("pretrain", tmp_path / "timed", *timed)
+    assert fitting[0] >= 1 and "steps of" in capsys.readouterr().out
+    train("pretrain", tmp_path / "counted", steps=5)
     assert_bit_equal(weights(tmp_path / "timed"), weights(tmp_path / "counted"))
-    train("pretrain", tmp_path / "timed", "--max_steps", 0, "--max_minutes", 0.03, "--from_resume", 1)
-    assert f"{steps} of {steps} steps are done" in capsys.readouterr().out
+    train("pretrain", tmp_path / "timed", *timed, "--from_resume", 1)
+    assert "5 of 5 steps are done" in capsys.readouterr().out and len(fitting) == 1
+
+
+def test_the_steps_that_fit_follow_from_the_median_time(dataset, monkeypatch):
+    """Steps of 2 s after a first one of 20 s, validation of 4 s at the end and after every 10th step, 2 %
+    kept back: four rehearsed steps and one validation take 30 of the 120 s, 34 steps of 2.4 s fit into the
+    rest."""
+    from trainer import runtime
+
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(batches.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(batches.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(runtime, "synchronize", lambda rt: None)
+    args, undone = settings(epochs=9), []
+    args.max_minutes, args.val_interval, args.use_compile = 2.0, 10, "0"
+    rt = runtime_of()
+    rt.started, rt.print = 0.0, print
+
+    def rehearse(step, micro_batches):
+        clock.now += 20.0 if step == 0 else 2.0
+
+    def validate():
+        clock.now += 4.0
+
+    steps = batches.steps_for_minutes(dataset, args, rt, rehearse, lambda: undone.append(1), validate)
+    assert (steps, undone) == (int((120 - 30 - 4 - 2.4) / 2.4), [1])
 
 
 def test_the_held_out_file_wins_over_the_held_out_share(tmp_path):

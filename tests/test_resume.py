@@ -133,6 +133,22 @@ def test_epochs_of_a_length_that_fits_no_step_resume_too(tmp_path, monkeypatch):
     assert_bit_equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
 
 
+@pytest.mark.slow
+def test_a_compiled_run_resumes_bit_equal_and_stays_compiled(tmp_path, monkeypatch, capsys):
+    from trainer import batches
+
+    monkeypatch.setattr(batches, "expected_seconds", lambda *_: 1e9)
+    more = ["--use_compile", "auto", "--dtype", "bfloat16"]
+    train("pretrain", tmp_path / "whole", *more)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        train("pretrain", tmp_path / "broken", *more)
+    monkeypatch.setattr(batches, "expected_seconds", lambda *_: 1.0)
+    train("pretrain", tmp_path / "broken", *more, "--from_resume", 1)
+    assert capsys.readouterr().out.count("torch.compile on") == 3
+    assert_bit_equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+
+
 def test_nothing_to_resume_says_so_and_starts_fresh(tmp_path, capsys):
     train("pretrain", tmp_path / "a", "--from_resume", 1)
     out = capsys.readouterr().out

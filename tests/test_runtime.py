@@ -211,9 +211,15 @@ def test_a_real_failed_allocation_is_recognised():
 def test_without_a_compiler_the_run_goes_on_uncompiled(monkeypatch, capsys):
     monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
     model = torch.nn.Linear(2, 2)
-    assert runtime.maybe_compile(model, "auto", started()) is model
+    assert runtime.maybe_compile(model, "auto", started()) == (model, "0")
     assert "torch.compile: off (no C++ compiler found" in capsys.readouterr().out
-    assert runtime.maybe_compile(model, "0", started()) is model
+    assert runtime.maybe_compile(model, "0", started()) == (model, "0")
+
+
+def test_a_short_run_is_not_compiled(capsys):
+    model = torch.nn.Linear(2, 2)
+    assert runtime.maybe_compile(model, "auto", started(), expected_seconds=20) == (model, "0")
+    assert "torch.compile: off (a short run)" in capsys.readouterr().out
 
 
 def test_threads_are_shared_under_torchrun_and_a_number_wins(monkeypatch):

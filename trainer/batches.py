@@ -254,30 +254,53 @@ def fingerprint(dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def steps_for_minutes(dataset, args, rt, rehearse, undo, overhead_seconds: float = 0.0) -> int:
-    """How many steps fit into --max_minutes. Steps are rehearsed (`rehearse(step, micro_batches)`, the
-    first of them compiles), then taken back by `undo()`, so that the run itself is the one that
-    `--max_steps N` repeats exactly.
+def expected_seconds(model, args, rt, num_rows: int) -> float:
+    """A guess of how long a run will take without torch.compile, good enough to decide whether to compile: a
+    third of the machine's rate, counted by FLOPs."""
+    from model.model_minimind import count_parameters, flops_per_token
+    from trainer import runtime
 
-    overhead_seconds: what validations, saves and the end of the run will need. The time since the process
-    started counts.
+    if args.max_minutes and not args.max_steps:
+        return args.max_minutes * 60
+    config = runtime.bare(model).config
+    cost = flops_per_token(config, args.max_seq_len, count_parameters(runtime.bare(model))[1])
+    tokens = num_steps(num_rows, args) * rows_per_step(args) * args.max_seq_len
+    return tokens * cost / (0.3 * (runtime.peak_flops(rt) or 1e13))
+
+
+def steps_for_minutes(dataset, args, rt, rehearse, undo, validate=None) -> int:
+    """How many steps fit into --max_minutes, counted from the start of the process.
+
+    Steps are rehearsed (`rehearse(step, micro_batches)`, the first of them compiles), then taken back by
+    `undo()`, so that the run itself is the one that `--max_steps N` repeats exactly. `validate()` is timed
+    once; the validations of the run are set aside.
     """
     from trainer import runtime
 
-    budget = args.max_minutes * 60
-    times = []
-    for step, micro_batches in training_steps(dataset, args, rt, 0, end_step=12):
+    budget, times = args.max_minutes * 60, []
+
+    def timed(act, *inputs):
         begin = time.perf_counter()
-        rehearse(step, micro_batches)
+        act(*inputs)
         runtime.synchronize(rt)
-        times.append(time.perf_counter() - begin)
+        return time.perf_counter() - begin
+
+    for step, micro_batches in training_steps(dataset, args, rt, 0, end_step=12):
+        times.append(timed(rehearse, step, micro_batches))
         enough = len(times) >= 4 and sum(times[1:]) > 0.02 * budget
         if runtime.total(int(enough), rt):
             break
     if rt.stopping:
         raise KeyboardInterrupt
     undo()
+    validation = timed(validate) if validate else 0.0
     # The first step compiles and warms up; the median of the others is not moved by a hiccup.
     seconds = float(np.median(times[1:])) if len(times) > 1 else times[0]
-    left = budget - (time.monotonic() - rt.started) - overhead_seconds
-    return runtime.broadcast(max(1, int(left / max(seconds, 1e-9))), rt)
+    seconds += validation / args.val_interval if args.val_interval else 0.0
+    left = budget - (time.monotonic() - rt.started) - validation - 0.02 * budget  # saves and the curve
+    steps = runtime.broadcast(max(1, int(left / max(seconds, 1e-9))), rt)
+    rt.print(
+        f"{steps} steps of {seconds:.3g} s fit into {args.max_minutes:g} minutes; the same run again: "
+        f"--max_steps {steps} --use_compile {args.use_compile}"
+    )
+    return steps

@@ -563,6 +563,8 @@ def find_resume(args, config, tokenizer, data: str, num_rows: int, rt) -> dict |
         )
     if args.max_minutes and not args.max_steps:
         args.max_steps = content["run"]["total_steps"]  # the time was turned into steps when the run began
+    if args.use_compile == "auto":
+        args.use_compile = content["settings"]["use_compile"]  # compiled code rounds in another order
     now = describe(content["run"]["stage"], args, tokenizer, data, batches.num_steps(num_rows, args), None)
     changes = changed_settings(content, args, config, now)
     if changes:
@@ -571,6 +573,8 @@ def find_resume(args, config, tokenizer, data: str, num_rows: int, rt) -> dict |
             "or start a new run with --from_resume 0, for example from its weights with --from_weight "
             f"{args.save_weight}"
         )
+    if str(args.use_compile) != content["settings"]["use_compile"]:
+        rt.print("torch.compile was switched; the continuation will not be bit-equal")
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     rt.print(
         f"resuming {shown(path)} of {when}: {content['step']} of {content['run']['total_steps']} steps are "

@@ -293,6 +293,14 @@ def announce(args, rt, model, run: dict, data_path, train, val):
         f"{batches.micro_rows(args, rt.world_size)} rows at a time"
     )
     print(f"machine: {runtime.describe(rt)}, torch.compile {'on' if is_compiled(model) else 'off'}")
+    with contextlib.suppress(OSError, AttributeError):  # AttributeError: Windows has no load average
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if rt.device.type == "cpu" and load > cores:
+            print(
+                f"note: other programs keep this machine busy (load {load:.0f} on {cores} cores); threads "
+                "that"
+            )
+            print("      wait for each other may make --num_threads 1 faster")
     predicted, free = predicted_memory_gb(model, args, rt), runtime.available_memory_gb(rt)
     print(f"memory:  about {predicted:.1f} GB" + (f" of {free:.1f} GB free" if free is not None else ""))
     if free is not None and predicted > free:

@@ -457,25 +457,32 @@ def snapshot(model, optimizers, rt: Runtime):
 # --------------------------------------------------------------------------------------------------
 
 
-def maybe_compile(model, use_compile: str | int, rt: Runtime, worth_it: bool = True):
-    """`1`: compile. `0`: do not. `auto`: compile when a short trial succeeds (it needs a C++ compiler on
-    CPU, Triton on CUDA) and `worth_it`; otherwise say so and go on uncompiled. Works on a model (its
-    `compile_blocks` where it has one) or on a function; returns what to call."""
-    wanted = str(use_compile)
-    if wanted == "0":
-        return model
-    if wanted == "auto":
-        reason = None if worth_it else "the run is too short to pay for it"
-        reason = reason or why_not_compile(rt.device)
+COMPILING_PAYS_AFTER = (
+    180  # seconds of expected training: compiling costs 30-60 s of CPU, and saves about a third
+)
+
+
+def maybe_compile(model, use_compile: str, rt: Runtime, expected_seconds: float = math.inf):
+    """`1`: compile. `0`: do not. `auto`: compile a run that lasts long enough for it to pay, when a short
+    trial succeeds (it needs a C++ compiler on CPU, Triton on CUDA); otherwise say so and go on uncompiled.
+
+    Works on a model (its `compile_blocks` where it has one) or a function. Returns (what to call, "1" or
+    "0").
+    """
+    if use_compile == "auto":
+        reason = why_not_compile(rt.device) if expected_seconds > COMPILING_PAYS_AFTER else "a short run"
+        reason = broadcast(reason, rt)
         if reason:
             rt.print(f"torch.compile: off ({reason})")
-            return model
+        use_compile = "0" if reason else "1"
+    if use_compile == "0":
+        return model, "0"
     if hasattr(model, "compile_blocks"):
-        return model.compile_blocks()
+        return model.compile_blocks(), "1"
     if isinstance(model, torch.nn.Module):
         model.compile()  # in place: state dict names stay as they are
-        return model
-    return torch.compile(model)
+        return model, "1"
+    return torch.compile(model), "1"
 
 
 def why_not_compile(device: torch.device) -> str | None:

@@ -14,6 +14,7 @@ https://arxiv.org/abs/2101.03961, eq. 4).
 Reads lines {"text": "..."}; writes out/pretrain_512.pth. Next: trainer/train_full_sft.py.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -82,7 +83,9 @@ def main(args):
     model = checkpoint.new_model(args, tokenizer, rt)
     saved = checkpoint.find_resume(args, model.config, tokenizer, data, len(train), rt)
     parent = saved["run"]["parent"] if saved else checkpoint.load_from_weight(model, args, tokenizer, rt)
-    model = runtime.wrap(runtime.maybe_compile(model, args.use_compile, rt), rt)
+    seconds = batches.expected_seconds(model, args, rt, len(train))
+    model, args.use_compile = runtime.maybe_compile(model, args.use_compile, rt, seconds)
+    model = runtime.wrap(model, rt)
     optimizers = cli.build_optimizers(model, args, rt)
 
     def update(step, micro_batches):
@@ -92,7 +95,8 @@ def main(args):
 
     if args.max_minutes and not args.max_steps:
         undo = runtime.snapshot(model, optimizers, rt)
-        args.max_steps = batches.steps_for_minutes(train, args, rt, update, undo)
+        check = functools.partial(validate, model, val, args, rt)
+        args.max_steps = batches.steps_for_minutes(train, args, rt, update, undo, check)
     run = checkpoint.describe("pretrain", args, tokenizer, data, batches.num_steps(len(train), args), parent)
     progress.announce(args, rt, model, run, path, train, val)
     log = progress.Progress(args, rt, model, run)

@@ -22,7 +22,8 @@ def validate(model, dataset, args, rt) -> dict:
     was_training = model.training
     model.eval()
     loss, num_targets = torch.zeros((), dtype=torch.float64), 0
-    with torch.no_grad():
+    # Uncompiled: without gradients the blocks would be compiled a second time, for a few batches.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for batch in batches.validation_batches(dataset, args, rt):
             with rt.autocast():
                 out = model(**batch, num_items_in_batch=1, return_logits=False)
