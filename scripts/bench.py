@@ -305,7 +305,7 @@ def run_ours(args, name, more, cold_compile=False) -> dict:
         remove_folder(fresh)
     command = [sys.executable, ROOT / "trainer" / "train_pretrain.py"]
     command += ["--data_path", args.train_path, "--val_fraction", 0, "--seed", args.seed]
-    command += ["--save_dir", folder, "--checkpoint_dir", folder, "--save_weight", "bench"]
+    command += ["--save_dir", folder, "--checkpoint_dir", folder / "checkpoints", "--save_weight", "bench"]
     command += ["--num_threads", args.threads, "--device", args.device, "--log_interval", 1]
     command += ours_shape_flags(args) + more + list(args.ours_flags)
     result = run_process(command, environment(args, fresh), folder / "terminal.log")
