@@ -38,6 +38,7 @@ from dataset.mini_math import (
 )
 from dataset.mini_split import (
     LANGUAGES,
+    Inventor,
     Split,
     answer_text,
     conversation,
@@ -56,13 +57,17 @@ COUNTS = {
     "pretrain_qa": 5,  # per asked fact, language and direction
     "pretrain_sums": 8000,
     "pretrain_other_math": 1500,
-    "stories": 500,  # per language
+    "pretrain_reading": 1500,  # per language, made-up facts with a question about one of them
+    "pretrain_copying": 400,  # per language
+    "stories": 300,  # per language
     "pretrain_chat": 500,  # per language
-    "sft_facts": 8,  # per asked fact, language and direction
+    "sft_facts": 5,  # per asked fact, language and direction
     "sft_sums": 5000,
     "sft_other_math": 700,
-    "sft_chat": 900,  # per language, single turn
+    "sft_chat": 1200,  # per language, single turn
     "sft_multi": 500,  # per language, several turns
+    "sft_reading": 800,  # per language
+    "sft_copying": 400,  # per language
     "sft_tools": 260,
     "tools": 1500,
     "identity": 240,
@@ -102,6 +107,7 @@ class Curriculum:
         self.seed, self.size = seed, size
         self.split = Split(seed)
         self.relations = self.split.relations
+        self.inventor = Inventor(self.relations)
 
     def rng(self, section: str) -> random.Random:
         return random.Random(hash_of(self.seed, section))
@@ -229,11 +235,16 @@ class Curriculum:
     @staticmethod
     def chat_frame(rng: random.Random, line: str, language: str) -> str:
         """Now and then a word before a question about the assistant or its help."""
+        if rng.random() < 0.1:
+            line = line.rstrip(".?!。？！").lower()  # as people type
         if rng.random() < 0.85 or not line.endswith(("?", "？")) or line[:2] in ("Hi", "He", "你好"):
             return line
         start = {"en": ["Hi! ", "Hello! ", "Please tell me: ", "Quick question: ", "I have a question. "],
                  "zh": ["你好！", "请问，", "问一下，", "我有个问题：", "请告诉我，"]}  # fmt: skip
         return rng.choice(start[language]) + line
+
+    def copy_pair(self, rng: random.Random, language: str) -> tuple[str, str]:
+        return self.inventor.copying(language, rng, mini_chat.COPY_TALK[language])
 
     def pretrain(self) -> list[dict]:
         rng = self.rng("pretrain")
@@ -243,7 +254,10 @@ class Curriculum:
         for language in LANGUAGES:
             documents += [self.story(rng, language) for _ in range(self.count("stories"))]
             pairs = [self.chat_pair(rng, language) for _ in range(self.count("pretrain_chat"))]
+            pairs += [self.copy_pair(rng, language) for _ in range(self.count("pretrain_copying"))]
             documents += self.layout(pairs, language, rng)
+            for _ in range(self.count("pretrain_reading")):
+                documents += self.layout([self.inventor.reading(self.split, language, rng)], language, rng)
         rng.shuffle(documents)
         return [{"text": d} for d in documents]
 
@@ -372,6 +386,11 @@ class Curriculum:
         found += self.chat_rows(rng, self.count("sft_chat"))
         found += self.multi_rows(rng, self.count("sft_multi"))
         found += self.tool_rows(rng, self.count("sft_tools"))
+        for language in LANGUAGES:
+            count = self.count("sft_reading")
+            pairs = [self.inventor.reading(self.split, language, rng) for _ in range(count)]
+            pairs += [self.copy_pair(rng, language) for _ in range(self.count("sft_copying"))]
+            found += [{"conversations": conversation(*pair)} for pair in pairs]
         rng.shuffle(found)
         return found
 

@@ -327,7 +327,7 @@ CHAT_EN = [
     ),
     _intent(
         "bye",
-        "bye",
+        "goodbye|bye",
         """
         Goodbye
         Goodbye!
@@ -1303,4 +1303,52 @@ SLOPPY = {
 POLITE = {
     "en": ["I hope this helps!", "Feel free to ask more.", "Let me know if you have another question."],
     "zh": ["希望对你有帮助！", "欢迎继续提问。", "还有问题请告诉我。"],
+}
+
+# talk that repeats what the user said: {n} a name, {w} a word or thing. It teaches to copy from the question.
+COPY_TALK = {
+    "en": [
+        ("My name is {n}.", "Nice to meet you, {n}!"),
+        ("Hi, I am {n}.", "Hello, {n}! How can I help you?"),
+        ("Call me {n}, please.", "All right, I will call you {n}."),
+        ("My friend is called {n}.", "{n} is a nice name."),
+        ("I talked to {n} today.", "How is {n} doing?"),
+        ("Have you heard of {n}?", "I would like to hear more about {n}."),
+        ("Do you like the name {n}?", "Yes, {n} is a nice name."),
+        ("I want to travel to {n}.", "Have a nice trip to {n}!"),
+        ("I was in {n} last week.", "What did you see in {n}?"),
+        ("My dog is called {n}.", "What a nice name for a dog: {n}."),
+        ("Say {w}.", "{w}"),
+        ("Please say the word {w}.", "{w}"),
+        ("Repeat: {w}", "{w}"),
+        ("Repeat after me: {w}", "{w}"),
+        ("Please write {w}.", "{w}"),
+        ("I am thinking about the word {w}.", "Then let us talk about {w}."),
+        ("I like the word {w}.", "I like the word {w} too."),
+        ("Let's talk about {w}.", "What would you like to know about {w}?"),
+        ("I have a question about {w}.", "Please ask your question about {w}."),
+        ("I read a text about {w}.", "What did you read about {w}?"),
+    ],
+    "zh": [
+        ("我叫{n}。", "很高兴认识你，{n}！"),
+        ("你好，我是{n}。", "你好，{n}！有什么可以帮你的吗？"),
+        ("请叫我{n}。", "好的，我就叫你{n}。"),
+        ("我的朋友叫{n}。", "{n}是个好名字。"),
+        ("我今天和{n}聊天了。", "{n}最近怎么样？"),
+        ("你听说过{n}吗？", "我想多了解一下{n}。"),
+        ("你喜欢{n}这个名字吗？", "喜欢，{n}是个好名字。"),
+        ("我想去{n}旅行。", "祝你在{n}玩得开心！"),
+        ("我上星期去了{n}。", "你在{n}看到了什么？"),
+        ("我的小狗叫{n}。", "{n}真是个可爱的名字。"),
+        ("请说{w}。", "{w}"),
+        ("请说出这个词：{w}", "{w}"),
+        ("重复：{w}", "{w}"),
+        ("跟我说：{w}", "{w}"),
+        ("请写出{w}。", "{w}"),
+        ("我在想{w}这个词。", "那我们聊聊{w}吧。"),
+        ("我喜欢{w}这个词。", "我也喜欢{w}这个词。"),
+        ("我们聊聊{w}吧。", "关于{w}，你想知道什么？"),
+        ("我有一个关于{w}的问题。", "请说说你关于{w}的问题。"),
+        ("我读了一篇关于{w}的文章。", "关于{w}，你读到了什么？"),
+    ],
 }

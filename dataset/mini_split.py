@@ -82,9 +82,12 @@ class Split:
         self.chat: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
         for language, intents in (("en", mini_chat.CHAT_EN), ("zh", mini_chat.CHAT_ZH)):
             for intent in intents:
-                self.chat[language, intent["name"]] = self._divide(
-                    intent["user"], 0.15, "chat", language, intent["name"]
-                )
+                # the most usual lines always stay
+                first = {normalise(line) for line in intent["user"][:3]}
+                rest = [line for line in intent["user"] if normalise(line) not in first]
+                _, held = self._divide(rest, 0.2, "chat", language, intent["name"])
+                kept = [line for line in intent["user"] if line not in held]
+                self.chat[language, intent["name"]] = (kept, held)
 
     def _divide(self, items: list[str], share: float, *salt: object) -> tuple[list[str], list[str]]:
         """(kept, held out); lists of one or two items keep everything. Order of the kept ones stays."""
@@ -208,3 +211,84 @@ def render_question(
         if not known or phrase(query, core, frame) not in known:
             return question_text(query, fact, core, frame)
     return None
+
+
+# ---- made-up facts -----------------------------------------------------------------------------------------
+
+_SYLLABLES = [c + v + e for c in "bdfgklmnprstvz" for v in "aeiou" for e in ("", "n", "r", "l", "s")]
+
+
+class Inventor:
+    """Names and facts that do not exist. A question about such a text can only be answered by reading it, so
+    a model that trains on them has to copy names from the question instead of knowing a few by heart."""
+
+    def __init__(self, relations: list[Relation]):
+        self.relations = relations
+        self.real = {side for r in relations for f in r.facts for pair in f.values() for side in pair}
+        words = {word for name in self.real for word in name.split()}
+        self.english = sorted(word for word in words if word.isascii() and word.isalpha() and len(word) > 3)
+        self.chinese = sorted({c for name in self.real for c in name if "\u4e00" <= c <= "\u9fff"})
+
+    def english_word(self, rng: random.Random) -> str:
+        """Syllables, or the head of one word of this world with the tail of another."""
+        if rng.random() < 0.5:
+            return "".join(rng.choices(_SYLLABLES, k=rng.choice((2, 2, 3))))
+        head, tail = rng.sample(self.english, 2)
+        return (head[: rng.randint(2, 4)] + tail[-rng.randint(2, 4) :]).lower()
+
+    def chinese_word(self, rng: random.Random, length: int) -> str:
+        return "".join(rng.sample(self.chinese, length))
+
+    def like(self, text: str, rng: random.Random, symbol: bool = False) -> str:
+        """Something new of the same form: number, symbol, Chinese or English name. Never a real name."""
+        if text.isdigit():
+            return str(rng.randint(2, 10 ** len(text)))
+        if symbol:
+            return rng.choice("ABCDEFGHIKLMNPRST") + rng.choice("jqwxz")  # no element is written so
+        while True:
+            core = text.strip("《》")
+            if any(c in self.chinese for c in core):
+                word = self.chinese_word(rng, min(max(len(core), 2), 4))
+                found = text.replace(core, word)
+            else:
+                words = [self.english_word(rng) for _ in text.split()[:2]]
+                found = " ".join(w.capitalize() if text[0].isupper() else w for w in words)
+            if found not in self.real:
+                return found
+
+    def fact(self, relation: Relation, language: str, rng: random.Random) -> dict[str, tuple[str, str]]:
+        """A made-up fact; where there are few possible objects (continents), one of them."""
+        subject, obj = rng.choice([f for f in relation.facts if language in f])[language]
+        objects = {f[language][1] for f in relation.facts if language in f}
+        subject = "/".join(self.like(part, rng) for part in subject.split("/"))
+        if relation.numeric or len(objects) > 12:
+            obj = self.like(obj, rng, symbol=relation.case)
+        return {language: (subject, obj)}
+
+    def reading(self, split: Split, language: str, rng: random.Random) -> tuple[str, str]:
+        """(text about one to three made-up things with a question about one of them, answer)."""
+        relation = rng.choice([r for r in self.relations if language in r.languages])
+        key = rng.choice([k for k in relation.queries if k[0] == language])
+        query = relation.queries[key]
+        facts = [self.fact(relation, language, rng) for _ in range(rng.randint(1, 3))]
+        forms = [rng.choice(query.statements) for _ in facts]
+        lines = [statement(form, relation, f, language, rng, wrap=False) for form, f in zip(forms, facts)]
+        chosen = rng.choice(facts)
+        question = render_question(split, relation, key, chosen, rng)
+        glue = " " if language == "en" else ""
+        return glue.join([*lines, question]), answer_text(query, chosen)
+
+    def copying(self, language: str, rng: random.Random, talk: list[tuple[str, str]]) -> tuple[str, str]:
+        """A line of talk and a reply that repeats a name or a word of it; now and then a real name."""
+        ask, reply = rng.choice(talk)
+        if rng.random() < 0.4:
+            relation = rng.choice([r for r in self.relations if language in r.languages and not r.case])
+            fact = rng.choice([f for f in relation.facts if language in f])
+            word = rng.choice(fact[language]).split("/")[0]
+        elif language == "en":
+            word = " ".join(self.english_word(rng) for _ in range(rng.choice((1, 1, 2))))
+            word = word.title() if "{n}" in ask or rng.random() < 0.3 else word
+        else:
+            word = self.chinese_word(rng, rng.randint(2, 4))
+        ask, reply = (text.replace("{n}", word).replace("{w}", word) for text in (ask, reply))
+        return upper_first(ask), upper_first(reply)
