@@ -462,7 +462,8 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         "--use_compile",
         choices=("0", "1", "auto"),
         default="auto",
-        help="torch.compile: faster steps after a slower start; auto = where a compiler is found",
+        help="torch.compile: faster steps after a slower start; auto = for runs of more than three "
+        "minutes, where a compiler is found",
     )
     add(
         g,
