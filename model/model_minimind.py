@@ -366,6 +366,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * self.head_dim, bias=False)
         self.v_proj = nn.Linear(D, K * self.head_dim, bias=False)
         self.o_proj = nn.Linear(H * self.head_dim, D, bias=False)
+        self.o_proj.writes_residual = True  # see MiniMindForCausalLM._init_weights
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -395,6 +396,7 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.down_proj.writes_residual = True
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -708,18 +710,13 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module):
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if getattr(module, "writes_residual", False) and self.config.residual_init != "normal":
+            scaled = std / math.sqrt(2 * self.config.num_hidden_layers)
+            nn.init.normal_(module.weight, std=0.0 if self.config.residual_init == "zero" else scaled)
+        elif isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        # A parent is initialised after its children, so this decides for the two projections that write the
-        # residual.
-        if isinstance(module, Attention | FeedForward) and self.config.residual_init != "normal":
-            out = module.o_proj if isinstance(module, Attention) else module.down_proj
-            if self.config.residual_init == "zero":
-                nn.init.zeros_(out.weight)
-            else:
-                nn.init.normal_(out.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
 
     def get_input_embeddings(self):
         return self.model.embed_tokens

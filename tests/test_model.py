@@ -336,6 +336,17 @@ def test_loss_is_a_sum_over_the_given_count_and_zero_without_targets():
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
 
 
+@pytest.mark.parametrize("moe", [False, True])
+def test_projections_into_the_residual_stream_start_as_asked(moe):
+    """A second initialisation of the same tensor is ignored by transformers: the setting once did nothing."""
+    for setting, std in [("zero", 0.0), ("scaled", 0.02 / math.sqrt(6)), ("normal", 0.02)]:
+        model = MiniMindForCausalLM(MiniMindConfig(**(SMALL | (MOE if moe else {})), residual_init=setting))
+        for name, p in model.named_parameters():
+            if p.ndim == 2:
+                expected = std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                assert abs(p.std().item() - expected) <= 0.2 * expected, name
+
+
 def test_the_first_loss_of_a_fresh_model_is_ln_vocab():
     model = MiniMindForCausalLM(MiniMindConfig(**SMALL))
     assert abs(model(tokens(4, 60), labels=tokens(4, 60)).loss.item() - math.log(100)) < 0.1
