@@ -460,15 +460,21 @@ class FusedMLP:
 
 
 def rms_norm(x, weight, eps):
-    """As the model's RMSNorm, in place where it can be."""
+    """As the model's RMSNorm in fewer, cheaper calls; eps is a tensor (1,) float32."""
     x32 = x.float()
-    scale = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    length = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+    scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
     return (x32 * scale).to(x.dtype).mul_(weight)
 
 
 # --------------------------------------------------------------------------------------------------------
 # Keys and values
 # ----------------------------------------------------------------------------------------------------------
+
+
+def whole_lines(slots: int) -> int:
+    """Rows that begin on a cache line are read faster."""
+    return (slots + 31) // 32 * 32
 
 
 class KeyValueCache:
@@ -486,7 +492,7 @@ class KeyValueCache:
         # bfloat16 bmm wants keys transposed; for few rows the fused kernel beats it, and wants them straight.
         self.fused = dtype != torch.float32 and (rows < 4 or device.type != "cpu")
         self.transposed = dtype != torch.float32 and not self.fused
-        slots = min(limit, length + 192)
+        slots = whole_lines(min(limit, length + 192))
         self.values = torch.empty(L, rows * K, slots, hd, dtype=dtype, device=device)
         shape = (L, rows * K, hd, slots) if self.transposed else (L, rows * K, slots, hd)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
@@ -506,7 +512,7 @@ class KeyValueCache:
 
     def grow(self):
         """Half as much room again."""
-        slots = min(self.limit, self.length * 3 // 2 + 64)
+        slots = whole_lines(min(self.limit, self.length * 3 // 2 + 64))
         keys, values = self.straight_keys(), self.values
         used = slice(0, self.rows * self.K), slice(0, self.length)
         shape = (values.shape[0], self.rows * self.K, slots, values.shape[-1])
@@ -584,6 +590,7 @@ class Generator:
         self.K, self.hd = c.num_key_value_heads, c.head_dim
         self.R = c.num_attention_heads // self.K
         self.scale = self.hd**-0.5
+        self.eps = torch.full((1,), c.rms_norm_eps, device=self.device)
         self.refresh()
 
     # ---- weights -----------------------------------------------------------------------------------------
@@ -627,7 +634,7 @@ class Generator:
 
     def feed_forward(self, layer: Layer, x):
         """x (N, D) -> x + MLP(norm(x))."""
-        h = rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
+        h = rms_norm(x, layer.mlp_norm, self.eps)
         if layer.router is None:
             return layer.mlp.add(h, x)
         logits = F.linear(h.float(), layer.router)
@@ -678,11 +685,11 @@ class Generator:
         x = self.embedding[torch.tensor([t for p in prompts for t in p], device=self.device)]
         straight_keys = cache.straight_keys()
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(rms_norm(x, layer.attention_norm, self.config.rms_norm_eps))
+            qkv = layer.qkv(rms_norm(x, layer.attention_norm, self.eps))
             qkv = qkv.view(-1, K, R + 2, hd)
             qk, v = qkv[:, :, : R + 1], qkv[:, :, R + 1]
             if layer.head_norm is not None:
-                qk = rms_norm(qk, layer.head_norm, self.config.rms_norm_eps)
+                qk = rms_norm(qk, layer.head_norm, self.eps)
             qk = self.rotate(qk, cos, sin)
             out = torch.empty(x.shape[0], K * R * hd, dtype=x.dtype, device=x.device)
             for start, G, T, row, mask in groups:
@@ -700,11 +707,11 @@ class Generator:
         return self.logits(x[ends])
 
     def logits(self, x):
-        return self.head(rms_norm(x, self.norm, self.config.rms_norm_eps))
+        return self.head(rms_norm(x, self.norm, self.eps))
 
     def decode(self, tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         """tokens (n,) -> logits (n, V) of the tokens after them; they take the cache's next slot."""
-        K, R, hd, eps = self.K, self.R, self.hd, self.config.rms_norm_eps
+        K, R, hd, eps = self.K, self.R, self.hd, self.eps
         n, slot = tokens.shape[0], cache.length
         if slot >= cache.values.shape[2]:
             cache.grow()

@@ -1,4 +1,4 @@
-"""eval_llm with a tiny random model: every way to ask, every file it opens, and what it says when it cannot."""
+"""eval_llm with a tiny random model: every way to ask, every file it opens, what it says when it cannot."""
 
 import io
 import json
