@@ -267,6 +267,31 @@ def test_torchrun_from_another_folder(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX")
+def test_ctrl_c_under_torchrun_saves(tmp_path):
+    """The terminal sends it to all processes, and torchrun passes it on: twice, but it is one wish."""
+    import signal
+
+    from train_helpers import flags
+
+    from trainer import checkpoint
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    command += [str(free_ports(1)[0]), str(REPO / "trainer/train_pretrain.py")]
+    command += flags("pretrain", tmp_path, "--log_interval", 1, "--save_interval", 0, steps=100_000)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    out, _ = process.communicate(timeout=240)
+    assert "To continue: torchrun --nproc_per_node 2" in out
+    assert checkpoint.read_weights(tmp_path / "out/pretrain_32.pth")[1]["step"] >= 3
+
+
+@pytest.mark.slow
 def test_an_impossible_split_ends_in_one_line(tmp_path):
     from train_helpers import flags
 

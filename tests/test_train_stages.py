@@ -426,6 +426,7 @@ def test_ctrl_c_and_sigterm_finish_the_step_and_save(tmp_path, monkeypatch, capf
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     from trainer import runtime
 
+    monkeypatch.setattr(runtime, "SECOND_CTRL_C_AFTER", -1)
     interrupt_in(monkeypatch, runtime, "backward", 2)
     interrupt_in(monkeypatch, runtime, "optimizer_step", 2)
     with pytest.raises(SystemExit) as end:

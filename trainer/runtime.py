@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
+SECOND_CTRL_C_AFTER = 1.0  # seconds; a terminal and torchrun both pass on one and the same Ctrl-C
 MAX_OVERFLOWS = (
     25  # the same with a GradScaler, whose first steps overflow on purpose while it looks for its scale
 )
@@ -56,6 +57,7 @@ class Runtime:
     bad_steps: int = 0  # non-finite steps in a row
     skipped: int = 0  # steps that changed nothing, in the whole run
     stop_signal: str | None = None  # this process was asked to stop
+    stop_asked: float = 0.0  # when
     stopping: bool = False  # all processes agreed to stop after this step
     started: float = field(default_factory=time.monotonic)
     old_handlers: dict = field(default_factory=dict)
@@ -273,9 +275,11 @@ def catch_signals(rt: Runtime):
 
     def on_signal(number, frame):
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        if rt.stop_signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        rt.stop_signal = name
+        if rt.stop_signal is not None:
+            if number == signal.SIGINT and time.monotonic() - rt.stop_asked > SECOND_CTRL_C_AFTER:
+                raise KeyboardInterrupt
+            return
+        rt.stop_signal, rt.stop_asked = name, time.monotonic()
         if rt.is_main:  # os.write: print may not be entered twice, and a signal can arrive inside print
             os.write(2, f"\n{name}: finishing this step, then saving (Ctrl-C again: stop at once)\n".encode())
 
