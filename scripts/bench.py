@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -114,7 +115,8 @@ def run_job(args, kind, name, **job) -> dict:
 
 
 def environment(args, fresh_compile: Path | None = None) -> dict:
-    """The same threads for everybody; `fresh_compile`: an empty cache for torch.compile: compiling counts."""
+    """The same threads for everybody. Compiled code is kept within one bench, or in the empty folder
+    `fresh_compile`, so that compiling counts."""
     env = os.environ | {
         "OMP_NUM_THREADS": str(args.threads),
         "MKL_NUM_THREADS": str(args.threads),
@@ -122,9 +124,8 @@ def environment(args, fresh_compile: Path | None = None) -> dict:
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(args.work_dir / "hf_datasets"),
+        "TORCHINDUCTOR_CACHE_DIR": str(fresh_compile or args.work_dir / "inductor"),
     }
-    if fresh_compile is not None:
-        env["TORCHINDUCTOR_CACHE_DIR"] = str(fresh_compile)
     return env
 
 
@@ -209,7 +210,7 @@ def bench_train(args) -> dict:
         result["tuning"] = tune_minimind(args)
     if "ours" in args.contenders:
         say("building the token cache of ours (not counted) ...")
-        warm = run_ours(args, "warm", ["--max_steps", "1", "--use_compile", "0"])
+        warm = run_ours(args, "warm", ["--max_steps", "1", *(long_run_flags(args) if args.seconds else [])])
         args.our_data = result["our_data"] = run_job(
             args,
             "our_data",
@@ -317,6 +318,12 @@ def run_ours(args, name, more, cold_compile=False) -> dict:
     return result
 
 
+def long_run_flags(args) -> list:
+    """A run of seconds is not compiled by itself; speed is about the long runs, which are."""
+    compiler = args.device == "cuda" or any(map(shutil.which, ("g++", "clang++", "cl")))
+    return ["--use_compile", int(bool(compiler))]
+
+
 def ours_shape_flags(args) -> list:
     flags = ["--preset", args.preset] if args.preset else []
     names = [*SHAPE_FLAGS, "head_dim", "rms_norm_eps", "rope_theta", "qk_norm"]
@@ -328,8 +335,6 @@ def plain(value):
 
 
 def remove_folder(folder: Path):
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -389,9 +394,8 @@ def measure_throughput(args, result):
     for number in range(args.rounds):
         for name in args.contenders:
             if name == "ours":
-                run = run_ours(
-                    args, f"speed_{number}", ["--max_minutes", (args.seconds + args.allowance) / 60]
-                )
+                minutes = ["--max_minutes", (args.seconds + args.allowance) / 60]
+                run = run_ours(args, f"speed_{number}", minutes + long_run_flags(args))
                 Path(run["weights"]).unlink(missing_ok=True)
                 if args.device == "cuda":
                     run["cuda_peak_bytes"] = run["memory_gb"] * 1e9
@@ -404,6 +408,8 @@ def measure_throughput(args, result):
                 run["tokens_per_second"] = run["tokens"] / run["train_seconds"]
                 run["bytes_per_second"] = run["bytes"] / run["train_seconds"]
                 run["padding"] = 1 - run["tokens"] / run["slots"]
+                run["batch_size"] = peer_job(args, name)["batch_size"]
+                run["max_seq_len"] = args.max_seq_len
                 run["cpu_share"] = cpu_share(run, args.threads, "train_cpu_seconds", "train_seconds")
             runs[name].append(run)
             say(f"  round {number + 1} {NAMES[name]:32} {run['tokens_per_second']:10,.0f} tokens/s")
@@ -425,6 +431,7 @@ def measure_throughput(args, result):
                 f"{run['tokens_per_second']:,.0f}",
                 f"{run['bytes_per_second'] / 1e3:,.1f}" if run.get("bytes_per_second") else "-",
                 percent(run["padding"]),
+                f"{run['batch_size']} x {run['max_seq_len']}",
                 dtype,
                 f"{100 * run['mfu']:.1f} %",
                 gigabytes(run.get("cuda_peak_bytes") or run.get("rss_bytes")),
@@ -432,7 +439,7 @@ def measure_throughput(args, result):
                 percent(run.get("cpu_share")),
             ]
         )
-    head = ["contender", "tokens/s", "kB/s", "padding", "dtype", "MFU", "peak GB", "s/step", "CPU share"]
+    head = "contender, tokens/s, kB/s, padding, rows, dtype, MFU, peak GB, s/step, CPU share".split(", ")
     say("\n" + table(head, rows))
     ours = result["contenders"].get("ours")
     for name in args.contenders:
@@ -453,7 +460,8 @@ def measure_throughput(args, result):
 
 
 def speed_and_memory(run) -> str:
-    return f"{run['tokens_per_second']:,.0f} tokens/s, {gigabytes(run.get('rss_bytes'))} GB"
+    memory = run.get("cuda_peak_bytes") or run["rss_bytes"]
+    return f"{run['tokens_per_second']:,.0f} tokens/s, {gigabytes(memory)} GB"
 
 
 def contender_dtype(args, name, machine) -> str:
@@ -769,27 +777,30 @@ def noisy(args, *runs):
 
 
 def commit():
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "-"
+    """The repository's commit, with + when files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "-"
 
 
 def ledger_row(args, a, b, ratio, machine, note=""):
     date = datetime.date.today().isoformat()
     peaks = ", ".join(f"{d} {f / 1e9:,.0f}" for d, f in machine["peaks"].items())
     where = f"{machine['name']}, {machine['cores']} cores, {machine['capability']} ({peaks} GFLOP/s)"
-    where += f", {args.threads} threads"
+    where += f", {args.threads} thread{'s' if args.threads > 1 else ''}"
     cells = [date, commit(), where, f"`{args.command_line}`", a, b, ratio + (f" ({note})" if note else "")]
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
 def command_line(argv):
-    """The command without the folders of this machine: a ledger is read elsewhere."""
-    words = ["bench.py"]
-    for word in argv:
-        words.append(Path(word).name if os.sep in word and not word.startswith("-") else word)
-    return shlex.join([w for w in words if w != "--ledger"])
+    """The command without this machine's folders and without where results go: a ledger is read elsewhere."""
+    words, rest = ["bench.py"], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("--json", "--out_dir"):
+            rest[:1] = []
+        elif word != "--ledger":
+            words.append(Path(word).name if os.sep in word and not word.startswith("-") else word)
+    return shlex.join(words)
 
 
 def finish(args, result):

@@ -210,7 +210,16 @@ def test_summary_takes_the_shortest_budget_that_reaches_the_peer(capsys):
 
 
 def test_ledger_rows_name_no_folder_and_fit_the_table(monkeypatch, tmp_path):
-    argv = ["train", "--data_path", "/some/where/text.jsonl", "--ledger", "--ours_flags", "--batch_size 8"]
+    argv = [
+        "train",
+        "--data_path",
+        "/some/where/text.jsonl",
+        "--ledger",
+        "--json",
+        "/some/x.json",
+        "--ours_flags",
+        "--batch_size 8",
+    ]
     args = bench.parse_args(argv)
     machine = dict(name="a | b", cores=2, capability="-", peaks={"float32": 1e9})
     row = bench.ledger_row(args, "A", "B", "2.0x", machine, "noisy: shared machine")
