@@ -160,7 +160,7 @@ def test_running_out_of_memory_names_flags(capsys):
         raise MemoryError
 
     with pytest.raises(SystemExit) as end:
-        cli.run(main, stage_module("pretrain").parse_args, [])
+        cli.run(main, stage_module("pretrain").parse_args, ["--batch_size", "32"])
     assert end.value.code == 2 and "--batch_size 16 --accumulation_steps 2" in capsys.readouterr().err
 
 

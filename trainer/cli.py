@@ -158,6 +158,8 @@ class StageParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
         parsed.started = time.monotonic()  # --max_minutes counts from here
+        if parsed.learning_rate is None:
+            parsed.learning_rate = 1e-2 if parsed.optimizer == "muon" else 2e-3
         reason = what_is_wrong(parsed)
         if reason:
             self.error(reason)
@@ -302,9 +304,9 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         g,
         "--batch_size",
         type=positive_int,
-        default=32,
         metavar="ROWS",
-        help="rows in memory at once per process",
+        help="rows in memory at once per process; without it about 16k tokens, and less on a CPU in a short "
+        "run, because many small steps learn faster at first: 2k below 2 minutes, 4k below 10, 8k below 60",
     )
     add(
         g,
@@ -324,7 +326,13 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         default="muon",
         help="muon = Muon for hidden matrices and AdamW for the rest; adamw = AdamW for all",
     )
-    add(g, "--learning_rate", type=positive_float, default=3e-3, metavar="LR", help="peak rate of AdamW")
+    add(
+        g,
+        "--learning_rate",
+        type=positive_float,
+        metavar="LR",
+        help="peak rate of AdamW; without it 1e-2 beside muon (embeddings and norms), 2e-3 for all",
+    )
     add(
         g,
         "--muon_lr",
@@ -505,6 +513,17 @@ def schedule(args) -> dict:
         "decay_fraction": args.decay_fraction,
         "min_factor": args.min_lr_factor,
     }
+
+
+def default_batch_size(device_type: str, max_minutes: float, max_seq_len: int) -> int:
+    """Rows of a micro-batch when --batch_size is not given (see its help). A function of the flags and the
+    kind of device only, so that repeating a command repeats the run."""
+    tokens = 16384
+    if device_type == "cpu":
+        limits = [(2, 2048), (10, 4096), (60, 8192)]
+        minutes = max_minutes or 30  # a run by steps: something in the middle
+        tokens = next((n for below, n in limits if minutes < below), tokens)
+    return max(1, round(tokens / max_seq_len))
 
 
 def build_optimizers(model, args, rt) -> list:

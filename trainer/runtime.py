@@ -27,6 +27,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from trainer.cli import default_batch_size
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
 SECOND_CTRL_C_AFTER = 1.0  # seconds; a terminal and torchrun both pass on one and the same Ctrl-C
@@ -114,6 +116,8 @@ def start(args) -> Runtime:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = choose_dtype(getattr(args, "dtype", "auto"), device)
+    if getattr(args, "batch_size", 1) is None:
+        args.batch_size = default_batch_size(device.type, args.max_minutes, args.max_seq_len)
     rt = Runtime(device, dtype, seed=args.seed, local_rank=local_rank)
     rt.started = getattr(args, "started", rt.started)
     if world_size > 1:
@@ -602,7 +606,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_advice(args) -> str:
     """Which flags to lower after running out of memory, most effective first, with their present values."""
     advice = []
-    if getattr(args, "batch_size", 1) > 1:
+    if (getattr(args, "batch_size", None) or 1) > 1:
         half = args.batch_size // 2
         advice.append(
             f"--batch_size {half} --accumulation_steps {2 * getattr(args, 'accumulation_steps', 1)} (half "
