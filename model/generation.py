@@ -472,69 +472,77 @@ def rms_norm(x, weight, eps):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def whole_lines(slots: int) -> int:
-    """Rows that begin on a cache line are read faster."""
-    return (slots + 31) // 32 * 32
-
-
 class KeyValueCache:
     """Keys and values of all layers and rows, right-aligned: the next token of every row goes to slot
     `length`.
 
-    values (L, rows * K, S, hd); keys the same, or (L, rows * K, hd, S) where that multiplies faster. Row i's
-    first token lies in slot pad[i]; `bias` (rows * K, 1, S) is -inf before it, or None when all rows start in
-    slot 0.
+    keys, values (L, rows * K, S, hd). Row i's first token lies in slot pad[i]; `bias` (rows * K, 1, S) is -inf
+    in slots that are not to be seen, or None when all are.
+
+    torch's bfloat16 product copies an operand that is not dense, which took half of its time: with many rows
+    it gets the whole block, masked where nothing was written yet, and the block grows in small steps (`dense`).
+    Few rows, and GPUs, take the fused kernel; it reads the filled part in place, and so does the float32
+    product.
     """
 
     def __init__(self, L, K, hd, pad: list[int], length: int, limit: int, dtype, device):
         self.K, self.length, self.limit, self.pad = K, length, limit, pad
-        self.rows = rows = len(pad)
-        # bfloat16 bmm wants keys transposed; for few rows the fused kernel beats it, and wants them straight.
-        self.fused = dtype != torch.float32 and (rows < 4 or device.type != "cpu")
-        self.transposed = dtype != torch.float32 and not self.fused
-        slots = whole_lines(min(limit, length + 192))
-        self.values = torch.empty(L, rows * K, slots, hd, dtype=dtype, device=device)
-        shape = (L, rows * K, hd, slots) if self.transposed else (L, rows * K, slots, hd)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.rows = len(pad)
+        self.fused = dtype != torch.float32 and (self.rows < 4 or device.type != "cpu")
+        self.dense = dtype != torch.float32 and not self.fused
+        shape = (L, self.rows * K, self.room(length + 128), hd)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.make_bias()
 
-    def straight_keys(self):
-        """(L, rows * K, S, hd) whatever the layout."""
-        return self.keys.transpose(-1, -2) if self.transposed else self.keys
+    def room(self, slots: int) -> int:
+        """How many slots to have when the next goes beyond `length`; `slots` where room costs nothing."""
+        if self.dense:
+            return self.length // 32 * 32 + 32
+        return min(self.limit, slots)
 
     def make_bias(self):
         self.bias = None
-        if any(self.pad):
-            pad = torch.tensor(self.pad, device=self.values.device).repeat_interleave(self.K)
-            before = torch.arange(self.values.shape[2], device=self.values.device) < pad[:, None]
-            bias = torch.zeros(before.shape, dtype=self.values.dtype, device=self.values.device)
-            self.bias = bias.masked_fill_(before, -math.inf)[:, None]
+        self.padded = any(self.pad)
+        if self.padded or self.dense:
+            slots = torch.arange(self.keys.shape[2], device=self.keys.device)
+            pad = torch.tensor(self.pad, device=self.keys.device).repeat_interleave(self.K)
+            hidden = (slots < pad[:, None]) | (slots >= self.length)
+            bias = torch.zeros(hidden.shape, dtype=self.keys.dtype, device=self.keys.device)
+            self.bias = bias.masked_fill_(hidden, -math.inf)[:, None]
 
-    def grow(self):
-        """Half as much room again."""
-        slots = whole_lines(min(self.limit, self.length * 3 // 2 + 64))
-        keys, values = self.straight_keys(), self.values
-        used = slice(0, self.rows * self.K), slice(0, self.length)
-        shape = (values.shape[0], self.rows * self.K, slots, values.shape[-1])
-        self.values = values.new_empty(shape)
-        self.values[:, :, : self.length] = values[:, used[0], used[1]]
-        self.keys = keys.new_empty((*shape[:2], shape[3], shape[2]) if self.transposed else shape)
-        self.straight_keys()[:, :, : self.length] = keys[:, used[0], used[1]]
-        self.make_bias()
+    def next_slot(self) -> int:
+        """Make the next slot visible, growing where there is no room -> its number."""
+        slot = self.length
+        if slot == self.keys.shape[2]:
+            more = self.room(slot * 3 // 2 + 64) - slot
+            n = self.rows * self.K
+            self.keys, self.values = (
+                F.pad(block[:, :n], (0, 0, 0, more)) for block in (self.keys, self.values)
+            )
+            self.make_bias()
+        if self.bias is not None:
+            self.bias[:, :, slot] = 0
+        self.length += 1
+        return slot
+
+    def visible(self, rows: int):
+        """Keys and values of each layer (rows * K, S, hd), and the bias that goes with them."""
+        end = self.keys.shape[2] if self.dense else self.length
+        keys, values = (block[:, : rows * self.K, :end].unbind(0) for block in (self.keys, self.values))
+        return keys, values, None if self.bias is None else self.bias[: rows * self.K, :, :end]
 
     def drop(self, row: int):
         """Forget a row: the last one moves into its place."""
         last, K = self.rows - 1, self.K
         if row != last:
+            here, there = slice(row * K, row * K + K), slice(last * K, last * K + K)
             for block in (self.keys, self.values):
-                block[:, row * K : row * K + K] = block[:, last * K : last * K + K]
+                block[:, here] = block[:, there]
             if self.bias is not None:
-                self.bias[row * K : row * K + K] = self.bias[last * K : last * K + K]
+                self.bias[here] = self.bias[there]
             self.pad[row] = self.pad[last]
         self.pad.pop()
         self.rows = last
-        if self.bias is not None and not any(self.pad):
-            self.bias = None
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -577,10 +585,10 @@ class Generator:
         dtype: "auto" = bfloat16 where the processor multiplies it natively, else float32; "int8" = 8-bit
             weights.
         max_rows: rows in flight at once; more are done in turns.
-        prefill_tokens: prompt tokens read at once (bounds memory).
+        prefill_tokens: prompt tokens read at once: bounds memory, and what fits the cache is faster.
     """
 
-    def __init__(self, model, dtype="auto", max_rows: int = 256, prefill_tokens: int = 16384):
+    def __init__(self, model, dtype="auto", max_rows: int = 256, prefill_tokens: int = 2048):
         self.model, self.config = model, model.config
         self.device = next(model.parameters()).device
         self.int8 = dtype == "int8"
@@ -683,7 +691,6 @@ class Generator:
         positions = torch.cat([torch.arange(len(p)) for p in prompts]).to(self.device)
         cos, sin = (t[positions].to(self.dtype)[:, None, None] for t in (cos, sin))  # (tokens, 1, 1, hd)
         x = self.embedding[torch.tensor([t for p in prompts for t in p], device=self.device)]
-        straight_keys = cache.straight_keys()
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(rms_norm(x, layer.attention_norm, self.eps))
             qkv = qkv.view(-1, K, R + 2, hd)
@@ -697,8 +704,7 @@ class Generator:
                 q = qk[part, :, :R].reshape(G, T, K * R, hd)
                 k, value = (t.view(G, T, K, hd) for t in (qk[part, :, R], v[part]))
                 rows, slots = slice(row * K, (row + G * N) * K), slice(cache.length - T, cache.length)
-                for block, new in ((straight_keys, k), (cache.values, value)):
-                    block[i, rows, : cache.length - T] = 0  # masked, but NaN * 0 would be NaN
+                for block, new in ((cache.keys, k), (cache.values, value)):
                     block[i, rows, slots].view(G, N, K, T, hd).copy_(new.transpose(1, 2)[:, None])
                 attended = attention(q, k, value, mask)
                 out[part] = attended.reshape(G * T, -1)
@@ -712,26 +718,18 @@ class Generator:
     def decode(self, tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         """tokens (n,) -> logits (n, V) of the tokens after them; they take the cache's next slot."""
         K, R, hd, eps = self.K, self.R, self.hd, self.eps
-        n, slot = tokens.shape[0], cache.length
-        if slot >= cache.values.shape[2]:
-            cache.grow()
-        cache.length = end = slot + 1
-        cos, sin = self.rotary(end)
-        if cache.bias is None:
-            cos, sin = cos[slot : slot + 1], sin[slot : slot + 1]
-        else:
+        n, slot = tokens.shape[0], cache.next_slot()
+        cos, sin = self.rotary(slot + 1)
+        if cache.padded:
             positions = (slot - torch.tensor(cache.pad, device=self.device)).repeat_interleave(K)
             cos, sin = cos[positions], sin[positions]
+        else:
+            cos, sin = cos[slot : slot + 1], sin[slot : slot + 1]
         scale = torch.ones(R + 1, 1, device=self.device)
         scale[:R] = self.scale  # of the queries: then the products with keys need none
         cos, sin = ((t[:, None] * scale).to(self.dtype) for t in (cos, sin))  # (1 or n * K, R + 1, hd)
-        straight_keys = cache.straight_keys()
-        new_keys = straight_keys[:, : n * K, slot].unbind(0)
-        new_values = cache.values[:, : n * K, slot].unbind(0)
-        keys = straight_keys[:, : n * K, :end]
-        keys = (keys if cache.fused else keys.transpose(-1, -2)).unbind(0)
-        values = cache.values[:, : n * K, :end].unbind(0)
-        bias = None if cache.bias is None else cache.bias[: n * K, :, :end]
+        new_keys, new_values = (block[:, : n * K, slot].unbind(0) for block in (cache.keys, cache.values))
+        keys, values, bias = cache.visible(n)
         x = self.embedding[tokens]
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(rms_norm(x, layer.attention_norm, eps)).view(n * K, R + 2, hd)
@@ -747,7 +745,7 @@ class Generator:
                 mask = None if bias is None else bias.unsqueeze(0)
                 out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=1.0)
             else:
-                scores = torch.bmm(q, keys[i])
+                scores = torch.bmm(q, keys[i].transpose(1, 2))
                 if bias is not None:
                     scores.add_(bias)
                 out = torch.bmm(torch.softmax(scores, dim=-1), values[i])

@@ -192,7 +192,7 @@ def test_cached_equals_uncached_for_every_split(kind):
     with torch.inference_mode():
         full = model(torch.tensor([ids])).logits[0].float()
         for split in range(1, len(ids)):
-            for rows in (1, 5):  # both ways to attend
+            for rows in (1, 5):
                 cache = generation.KeyValueCache(
                     3, 2, model.config.head_dim, [0] * rows, split, 12, torch.float32, torch.device("cpu")
                 )
