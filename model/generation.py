@@ -476,13 +476,13 @@ class KeyValueCache:
     """Keys and values of all layers and rows, right-aligned: the next token of every row goes to slot
     `length`.
 
-    keys, values (L, rows * K, S, hd). Row i's first token lies in slot pad[i]; `bias` (rows * K, 1, S) is -inf
-    in slots that are not to be seen, or None when all are.
+    keys, values (L, rows * K, S, hd). Row i's first token lies in slot pad[i]; `bias` (rows * K, 1, S) is
+    -inf in slots that are not to be seen, or None when all are.
 
     torch's bfloat16 product copies an operand that is not dense, which took half of its time: with many rows
-    it gets the whole block, masked where nothing was written yet, and the block grows in small steps (`dense`).
-    Few rows, and GPUs, take the fused kernel; it reads the filled part in place, and so does the float32
-    product.
+    it gets the whole block, masked where nothing was written yet, and the block grows in small steps
+    (`dense`). Few rows, and GPUs, take the fused kernel; it reads the filled part in place, and so does the
+    float32 product.
     """
 
     def __init__(self, L, K, hd, pad: list[int], length: int, limit: int, dtype, device):

@@ -238,7 +238,7 @@ def test_a_batch_of_unequal_prompts_equals_single_rows(kind, dtype, tolerance):
     model = tiny(kind)
     engine = Generator(model, dtype)
     prompts = random_prompts(3, 20, 7, 7, 12)
-    settings = dict(max_new_tokens=6, seed=3, ignore_eos=True)
+    settings = dict(max_new_tokens=16, seed=3, ignore_eos=True)  # past 32 slots, where a bfloat16 cache grows
     errors = []
     for prompt, answer in zip(prompts, engine.generate(prompts, **settings)):
         (alone,) = engine.generate([prompt], **settings)
