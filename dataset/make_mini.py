@@ -43,6 +43,7 @@ from dataset.mini_split import (
     answer_text,
     conversation,
     hash_of,
+    heading,
     render_question,
     statement,
     unique,
@@ -54,6 +55,8 @@ DEFAULT_OUT = Path(__file__).resolve().parent / "mini"
 # how much of what, at --size 1
 COUNTS = {
     "statements": 22,  # per fact, language and direction, in pretraining
+    "titles": 4,  # per fact, language and direction: a heading and the canonical sentence
+    "restated": 2,  # per fact, language and direction: two sentences that say the same
     "pretrain_qa": 5,  # per asked fact, language and direction
     "pretrain_sums": 8000,
     "pretrain_other_math": 1500,
@@ -160,6 +163,30 @@ class Curriculum:
             documents += [glue.join(group) for group in groups]
         return documents
 
+    def entry_documents(self, rng: random.Random, titles: int, restated: int) -> list[str]:
+        """Entries of a reference book: a heading that names a subject and its property, then the sentence;
+        and facts said twice. Both teach to carry a name over from what stands before. Nothing is asked."""
+        entries: dict[str, list[str]] = {"en": [], "zh": []}
+        for relation, key, query, fact, _ in self.queries():
+            language = key[0]
+            answer = answer_text(query, fact)
+            for _ in range(titles):
+                entries[language].append(heading(self.split, relation, key, fact, rng) + answer)
+            for _ in range(restated):
+                form = rng.choice(query.statements)
+                first = statement(form, relation, fact, language, rng, wrap=True)
+                again = rng.choice(mini_world.AGAIN[language]).replace("{st}", answer)
+                entries[language].append(first + again)
+        documents = []
+        for texts in entries.values():
+            rng.shuffle(texts)
+            i = 0
+            while i < len(texts):
+                width = rng.randint(1, 6)
+                documents.append("\n".join(texts[i : i + width]))
+                i += width
+        return documents
+
     def qa_documents(self, rng: random.Random, per_query: int) -> list[str]:
         """Question-answer text about asked facts, in several layouts."""
         pairs: dict[str, list[tuple[str, str]]] = {"en": [], "zh": []}
@@ -249,6 +276,7 @@ class Curriculum:
     def pretrain(self) -> list[dict]:
         rng = self.rng("pretrain")
         documents = self.fact_documents(rng, self.count("statements"))
+        documents += self.entry_documents(rng, self.count("titles"), self.count("restated"))
         documents += self.qa_documents(rng, self.count("pretrain_qa"))
         documents += self.math_documents(rng)
         for language in LANGUAGES:

@@ -213,6 +213,15 @@ def render_question(
     return None
 
 
+def heading(split: Split, relation: Relation, key: tuple[str, str], fact: dict, rng: random.Random) -> str:
+    """A heading that names what the sentence after it tells: "The capital of France. ", never a question."""
+    cores = split.cores[(relation.name, *key)]
+    kept = cores["np"][0] if "np" in cores else [c.rstrip("是有叫") for c in cores["fill"][0]]
+    return question_text(
+        relation.queries[key], fact, rng.choice(kept), rng.choice(mini_world.HEADINGS[key[0]])
+    )
+
+
 # ---- made-up facts -----------------------------------------------------------------------------------------
 
 _SYLLABLES = [c + v + e for c in "bdfgklmnprstvz" for v in "aeiou" for e in ("", "n", "r", "l", "s")]

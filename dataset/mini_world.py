@@ -2499,6 +2499,18 @@ FRAMES_ZH = {
         """),
 }
 
+# a heading before a sentence
+HEADINGS = {
+    "en": ["{Np}. ", "{Np}: ", "Topic: {np}. ", "About {np}. ", "Today's topic is {np}. ", "{Np}\n",
+           "This is about {np}. ", "Let us look at {np}. ", "Here is {np}. "],
+    "zh": ["{np}。", "{np}:", "主题:{np}。", "关于{np}。", "今天的主题是{np}。", "{np}\n",
+           "下面介绍{np}。", "我们来看{np}。", "谈到{np}。"],
+}  # fmt: skip
+AGAIN = {
+    "en": [" {st}", " In other words: {st}", " Again: {st}", " That is to say: {st}", "\n{st}"],
+    "zh": ["{st}", "换句话说，{st}", "也就是说，{st}", "再说一遍：{st}", "\n{st}"],
+}
+
 # around a statement in running text
 WRAPS_EN = _lines("""
     {St}
