@@ -366,7 +366,7 @@ def tune_minimind(args) -> list[dict]:
     """Short runs over learning rate x accumulation x batch; the lowest bits per byte becomes the setting."""
     say(f"looking for MiniMind's best setting, {args.tune_seconds:g} s each ...")
     tried = []
-    for batch in args.tune_batches or [args.minimind_batch]:
+    for batch in args.tune_batches:
         for accumulation in args.tune_accums:
             for lr in args.tune_lrs:
                 name = f"tune_{lr:g}_{batch}x{accumulation}"
@@ -931,16 +931,16 @@ def add_train_flags(parser):
         parser,
         "settings of the contenders",
         ("ours_flags", shlex.split, (), "'--FLAG X ...': more flags for trainer/train_pretrain.py"),
-        ("minimind_lr", positive_float, 3e-3, "tuned in its favour; it ships with 5e-4"),
-        ("minimind_batch", positive_int, 4, "rows per batch; it ships with 32"),
+        ("minimind_lr", positive_float, 2e-3, "tuned in its favour; it ships with 5e-4"),
+        ("minimind_batch", positive_int, 2, "rows per batch, tuned in its favour; it ships with 32"),
         ("minimind_accum", positive_int, 1, "batches per update; it ships with 8"),
         ("minimind_autocast", ON, None, "also MiniMind with a line it lacks: bfloat16 autocast on the CPU"),
         ("minimind_compile", ON, None, "also MiniMind with its --use_compile 1: torch.compile"),
         ("tune_minimind", ON, None, "first sweep MiniMind's settings, and take the best"),
         ("tune_seconds", positive_float, 60.0, "length of one run of the sweep"),
         ("tune_lrs", numbers(float), (1e-3, 2e-3, 3e-3, 5e-3), "learning rates to try"),
-        ("tune_accums", numbers(int), (1, 8), "accumulations to try"),
-        ("tune_batches", numbers(int), None, "batches to try; without it --minimind_batch"),
+        ("tune_accums", numbers(int), (1,), "accumulations to try; it ships with 8"),
+        ("tune_batches", numbers(int), (2, 4, 8), "batches to try"),
         ("peer_lr", positive_float, None, "transformers; without it as MiniMind"),
         ("peer_batch", positive_int, None, "transformers; without it as MiniMind"),
         ("peer_accum", positive_int, None, "transformers; without it as MiniMind"),
@@ -1040,7 +1040,7 @@ def settle_train(args) -> str | None:
     if args.quick:
         args.seconds, args.rounds, args.allowance = min(args.seconds, 2.0), 1, 8.0
         args.val_bytes, args.minimind_batch = min(args.val_bytes, 8000), min(args.minimind_batch, 4)
-        args.workers, args.tune_seconds = 0, 1.0
+        args.workers, args.tune_seconds, args.tune_batches = 0, 1.0, [4]
         if not args.preset and args.hidden_size is None:
             args.hidden_size, args.num_hidden_layers = 64, 2
         args.ours_flags = ["--max_seq_len", "64", "--batch_size", "4", "--use_compile", "0", *args.ours_flags]
