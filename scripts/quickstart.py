@@ -32,8 +32,8 @@ from scripts import bootstrap
 # ------------------------------------------------------------------------------------------------------------
 
 HIDDEN = 256
-PRETRAIN_STEPS, SFT_STEPS = 550, 300
-COMMON = ["--preset", "tiny", "--batch_size", "8", "--val_interval", "0", "--save_interval", "0"]
+PRETRAIN_STEPS, SFT_STEPS = 600, 240
+COMMON = ["--preset", "tiny", "--max_seq_len", "256", "--batch_size", "16"]
 
 
 @dataclass
@@ -132,6 +132,7 @@ def run_once(out: Path, seed: int) -> dict:
         run_script(
             stage.script,
             *COMMON,
+            *("--val_interval", "0", "--save_interval", "0"),
             *stage.flags,
             *("--data_path", relative(data_dir / stage.data), "--seed", str(seed)),
             *("--save_dir", relative(out), "--checkpoint_dir", relative(out / "checkpoints")),
