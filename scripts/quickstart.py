@@ -229,6 +229,10 @@ def report(ledgers: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_json(path: Path, content):
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
 def parse_args(argv=None):
     keep_layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_layout)
@@ -247,14 +251,13 @@ def main(args):
     for seed in seeds:
         folder = out if len(seeds) == 1 else out / f"seed{seed}"
         ledger = run_once(folder, seed)
-        (folder / "ledger.json").write_text(
-            json.dumps(ledger, ensure_ascii=False, indent=1), encoding="utf-8"
-        )(folder / "report.md").write_text(report([ledger]), encoding="utf-8")
+        write_json(folder / "ledger.json", ledger)
+        (folder / "report.md").write_text(report([ledger]), encoding="utf-8")
         ledgers.append(ledger)
     text = report(ledgers)
     if len(seeds) > 1:
         (out / "report.md").write_text(text, encoding="utf-8")
-        (out / "ledger.json").write_text(json.dumps(ledgers, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_json(out / "ledger.json", ledgers)
     print("\n" + text.split("## Curves")[0])
     where = relative(out)
     print(f"The ledger: {where}/report.md, {where}/ledger.json; curves and weights beside them.")
