@@ -2,7 +2,7 @@
 
     python scripts/quickstart.py                 # curriculum -> pretraining -> fine-tuning -> a conversation
     python scripts/quickstart.py --seeds 42,43,44    # three runs: mean and spread of every number
-    python scripts/quickstart.py --out_dir /tmp/try --seed 7
+    python scripts/quickstart.py --out_dir my_try --seed 7
 
 Needs only Python 3.10+; packages go to .venv in the repo unless the running environment has them. Every stage
 is the ordinary command that you could type yourself (it is printed), so nothing here is special to the
