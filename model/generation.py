@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.model_minimind import attention, block_biases, rope_frequencies, route
+from model.precision import prefers_bfloat16
 
 # ---------------------------------------------------------------------------------------------------------
 # What is asked for, and what comes back
@@ -332,22 +333,14 @@ def common_end(text: str, stop: str) -> int:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 natively (AMX or AVX512-BF16)."""
-    probes = (
-        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-    return any(probe() for probe in probes if probe is not None)
-
-
 def choose_dtype(wanted, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the hardware multiplies it, else float32."""
+    """auto: bfloat16 where this machine multiplies it faster than float32."""
     if isinstance(wanted, torch.dtype):
         return wanted
     if wanted in (None, "auto", "int8"):
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        if device.type == "cpu" and (wanted == "int8" or cpu_has_bfloat16()):
+        if device.type == "cpu" and (wanted == "int8" or prefers_bfloat16(device)):
             return torch.bfloat16
         return torch.float32
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -580,7 +573,7 @@ class Generator:
     """A model's weights, packed for sampling.
 
     Args:
-        model: a MiniMindForCausalLM, dense or mixture. It may go on training: changed parameters are noticed
+        model: a MiniMindLM, dense or mixture. It may go on training: changed parameters are noticed
             at the next call (`refresh()` does it at once, and is needed after writing to `parameter.data`).
         dtype: "auto" = bfloat16 where the processor multiplies it natively, else float32; "int8" = 8-bit
             weights.

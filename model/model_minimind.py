@@ -16,7 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
@@ -288,10 +288,11 @@ class RMSNorm(nn.Module):
 
 
 BLOCK = 128  # query rows per block of `blocked_attention`
+HIDDEN = -1e30  # exp() of it is exactly 0; finite, because a compiled softmax turns -inf - (-inf) into NaN
 
 
 def block_biases(T: int, document_ids: torch.Tensor | None, dtype: torch.dtype, device) -> list[torch.Tensor]:
-    """What `blocked_attention` adds to the scores of each block of query rows: 0 = may look, -inf = may not.
+    """What `blocked_attention` adds to the scores of each block of query rows: 0 = may look, HIDDEN = may not.
 
     One (B or 1, 1, rows, 1, keys) tensor per block, made once per forward pass and shared by all layers.
     document_ids (B, T): a position sees only its own document; None: plain causal.
@@ -303,7 +304,7 @@ def block_biases(T: int, document_ids: torch.Tensor | None, dtype: torch.dtype, 
         visible = (slots[:end] <= slots[start:end, None])[None]
         if document_ids is not None:
             visible = visible & (document_ids[:, start:end, None] == document_ids[:, None, :end])
-        bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
+        bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, HIDDEN)
         biases.append(bias[:, None, :, None, :])
     return biases
 
@@ -319,12 +320,11 @@ def blocked_attention(q, k, v, biases: list[torch.Tensor]) -> torch.Tensor:
     K = k.shape[2]
     R = H // K
     q = (q * hd**-0.5).view(B, T, K, R, hd).transpose(1, 2).reshape(B, K, T * R, hd)
-    k = k.permute(0, 2, 3, 1).contiguous()  # (B, K, hd, T)
-    v = v.transpose(1, 2).contiguous()  # (B, K, T, hd)
+    k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()  # (B, K, T, hd)
     outputs = []
     for i, bias in enumerate(biases):
         start, rows, end = i * BLOCK, bias.shape[2], bias.shape[4]
-        scores = q[:, :, start * R : end * R] @ k[..., :end]  # (B, K, rows * R, end)
+        scores = q[:, :, start * R : end * R] @ k[:, :, :end].mT  # (B, K, rows * R, end)
         scores = scores.view(B, K, rows, R, end) + bias
         weights = torch.softmax(scores, dim=-1)  # accumulates in float32 inside
         outputs.append(weights.view(B, K, rows * R, end) @ v[:, :, :end])
@@ -690,23 +690,24 @@ class MiniMindModel(nn.Module):
         return mask
 
 
-class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model. Works alone, with `transformers.generate`, and with `model/generation.py`
-    (faster)."""
+class MiniMindLM(nn.Module):
+    """The language model, as the training stages and `model/generation.py` use it.
 
-    config_class = MiniMindConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _no_split_modules = ["Block"]
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    `MiniMindForCausalLM`, at the end of this file, is the same model as a transformers class.
+    """
 
     def __init__(self, config: MiniMindConfig):
-        super().__init__(config)
-        self.model = MiniMindModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        super().__init__()
+        self.config = config
+        self.build()
+        self.apply(self._init_weights)
+
+    def build(self):
+        self.model = MiniMindModel(self.config)
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
         self.compute_chunk = chunk_cross_entropy
-        self.post_init()
 
     def _init_weights(self, module):
         std = self.config.initializer_range
@@ -717,12 +718,6 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.model.embed_tokens = value
 
     def compile_blocks(self):
         """Compile one block and the loss chunk (torch.compile): every layer shares the code, so this costs
@@ -812,3 +807,13 @@ def flops_per_token(config: MiniMindConfig, seq_len: int, num_active: int) -> fl
     matmul_params = num_active - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
     return 6.0 * matmul_params + attention
+
+
+def __getattr__(name: str):
+    """`MiniMindForCausalLM` is made when somebody asks for it: transformers' modelling code takes as long to
+    import as torch, and training does not need it."""
+    if name == "MiniMindForCausalLM":
+        from model.hf_minimind import MiniMindForCausalLM
+
+        return MiniMindForCausalLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

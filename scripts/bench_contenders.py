@@ -183,9 +183,9 @@ def transformers_model(shape: dict, family: str = "qwen3"):
 
 
 def our_model(shape: dict):
-    from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+    from model.model_minimind import MiniMindConfig, MiniMindLM
 
-    return MiniMindForCausalLM(MiniMindConfig(**shape))
+    return MiniMindLM(MiniMindConfig(**shape))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def main(args):
     import torch
 
     from model.generation import Generator
-    from model.model_minimind import MiniMindForCausalLM
+    from model.model_minimind import MiniMindLM
     from trainer import checkpoint
 
     started = time.time()
@@ -163,7 +163,7 @@ def main(args):
     model, _ = checkpoint.load_model(path, tokenizer)
     if args.untrained:
         torch.manual_seed(0)
-        model = MiniMindForCausalLM(model.config).eval()
+        model = MiniMindLM(model.config).eval()
     engine = Generator(model)
     result = examine(model, tokenizer, args.data_dir, args.max_new_tokens, engine)
     result["conversations"] = {lang: talk(engine, tokenizer, turns) for lang, turns in CONVERSATIONS.items()}

@@ -7,6 +7,7 @@ import pytest
 from train_helpers import assert_bit_equal, flags, pretrain_file, sft_file, stage_module, train, weights
 
 from trainer import batches, checkpoint
+from trainer.progress import read_log
 from trainer.runtime import TrainingError
 
 
@@ -17,6 +18,10 @@ def settings(batch_size=4, accumulation_steps=2, epochs=1, max_steps=0, seed=1):
         epochs=epochs,
         max_steps=max_steps,
         seed=seed,
+        schedule="wsd",
+        warmup_steps=0,
+        decay_fraction=0.4,
+        min_lr_factor=0.0,
     )
 
 
@@ -147,35 +152,41 @@ def test_the_fingerprint_changes_with_content_length_and_packing(tmp_path):
     assert known not in (fingerprint(other), fingerprint(first, 64), fingerprint(first, pack=False))
 
 
-def test_max_minutes_is_turned_into_steps_and_leaves_no_trace(tmp_path, monkeypatch, capsys):
-    """The rehearsed steps are taken back: the timed run equals `--max_steps N` bit for bit."""
+@pytest.mark.parametrize("schedule, stay", [("wsd", True), ("cosine", False)])
+def test_max_minutes_is_turned_into_steps(schedule, stay, tmp_path, monkeypatch, capsys):
+    """The steps that measured the speed stay where the schedule allows it, else they are taken back: the timed
+    run equals `--max_steps N` bit for bit."""
     original, fitting = batches.steps_for_minutes, []
 
-    def five_steps(*args):
-        fitting.append(original(*args))
-        return 5  # what fits depends on the machine
+    def some_steps(*args):
+        steps, made = original(*args)
+        fitting.append(max(3 * len(made), 5))  # what fits depends on the machine
+        assert steps >= 1 and bool(made) is stay
+        return fitting[0], made
 
-    monkeypatch.setattr(batches, "steps_for_minutes", five_steps)
-    timed = ["--max_steps", 0, "--max_minutes", 0.02]
+    monkeypatch.setattr(batches, "steps_for_minutes", some_steps)
+    timed = ["--max_steps", 0, "--max_minutes", 0.2, "--schedule", schedule, "--epochs", 999]
     train("pretrain", tmp_path / "timed", *timed)
-    assert fitting[0] >= 1 and "steps of" in capsys.readouterr().out
-    train("pretrain", tmp_path / "counted", steps=5)
+    assert "steps of" in capsys.readouterr().out
+    train("pretrain", tmp_path / "counted", "--schedule", schedule, steps=fitting[0])
     assert_bit_equal(weights(tmp_path / "timed"), weights(tmp_path / "counted"))
+    logs = [read_log(tmp_path / name / "out" / "pretrain_log.jsonl") for name in ("timed", "counted")]
+    timed_tokens, counted_tokens = (max(line.get("tokens", 0) for line in log) for log in logs)
+    assert timed_tokens == counted_tokens, "the first steps count, too"
     train("pretrain", tmp_path / "timed", *timed, "--from_resume", 1)
-    assert "5 of 5 steps are done" in capsys.readouterr().out and len(fitting) == 1
+    assert f"{fitting[0]} of {fitting[0]} steps are done" in capsys.readouterr().out and len(fitting) == 1
 
 
 def test_the_steps_that_fit_follow_from_the_median_time(dataset, monkeypatch):
     """Steps of 2 s after a first one of 20 s, validation of 4 s at the end and after every 10th step, 2 %
-    kept back: four rehearsed steps and one validation take 30 of the 120 s, 34 steps of 2.4 s fit into the
-    rest."""
+    kept back: four steps and one validation take 30 of the 120 s, 34 more steps of 2.4 s fit into the rest."""
     from trainer import runtime
 
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(batches.time, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(batches.time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(runtime, "synchronize", lambda rt: None)
-    args, undone = settings(epochs=9), []
+    args, undone = settings(epochs=99), []
     args.max_minutes, args.val_interval, args.use_compile = 2.0, 10, "0"
     rt = runtime_of()
     rt.started, rt.print = 0.0, print
@@ -186,8 +197,13 @@ def test_the_steps_that_fit_follow_from_the_median_time(dataset, monkeypatch):
     def validate():
         clock.now += 4.0
 
-    steps = batches.steps_for_minutes(dataset, args, rt, rehearse, lambda: undone.append(1), validate)
-    assert (steps, undone) == (int((120 - 30 - 4 - 2.4) / 2.4), [1])
+    more = int((120 - 30 - 4 - 2.4) / 2.4)
+    steps, made = batches.steps_for_minutes(dataset, args, rt, rehearse, lambda: undone.append(1), validate)
+    assert (steps, len(made), undone) == (4 + more, 4, [])
+    assert [seconds for _, seconds in made] == [20, 2, 2, 2]
+    args.schedule, clock.now = "linear", 0.0  # its rates depend on the number of steps
+    steps, made = batches.steps_for_minutes(dataset, args, rt, rehearse, lambda: undone.append(1), validate)
+    assert (steps, made, undone) == (more, [], [1])
 
 
 def test_the_held_out_file_wins_over_the_held_out_share(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer.optim import Muon, build_optimizers, lr_factor, orthogonalise, set_lr, split_parameters
+from trainer.optim import JORDAN, Muon, build_optimizers, lr_factor, orthogonalise, set_lr, split_parameters
 
 
 def tiny_model(**fields):
@@ -21,12 +21,25 @@ def tiny_model(**fields):
 def test_newton_schulz_is_the_quintic_on_each_singular_value():
     """G = diag(3, 4): normalised 0.6, 0.8; each step maps s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5."""
     G = torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))[None]
-    one, five = orthogonalise(G, 1)[0], orthogonalise(G, 5)[0]
+    one, five = orthogonalise(G, JORDAN[:1])[0], orthogonalise(G, JORDAN)[0]
     torch.testing.assert_close(one.diag(), torch.tensor([1.19326944, 0.97648192]).double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(
         five.diag(), torch.tensor([0.72287617, 1.11920393]).double(), rtol=1e-5, atol=0
     )
     assert one.fill_diagonal_(0).abs().max() < 1e-12
+
+
+def test_three_steps_bring_singular_values_near_one():
+    torch.manual_seed(0)
+    U, _ = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(96, 64, dtype=torch.float64))
+    S = torch.logspace(0, -1.3, 64, dtype=torch.float64)  # the smallest is 0.01 after the division by the norm
+    assert (S / S.norm()).min() > 0.01
+    G = U @ torch.diag(S) @ V.T
+    result = torch.linalg.svdvals(orthogonalise(G[None])[0])
+    assert result.min() > 0.72 and result.max() < 1.28
+    nearest = U @ V.T
+    assert (orthogonalise(G[None])[0] - nearest).norm() / nearest.norm() < 0.28
 
 
 def test_a_batch_of_matrices_equals_one_by_one_tall_and_wide():
@@ -41,7 +54,7 @@ def test_updates_equal_torch_muon(shape):
     torch.manual_seed(1)
     start = torch.randn(shape)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    a = Muon([ours], lr=0.02, momentum=0.95, weight_decay=0.1, ns_dtype=torch.float32)
+    a = Muon([ours], lr=0.02, momentum=0.95, weight_decay=0.1, coefficients=JORDAN)
     b = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="original")
     for _ in range(3):
         before = ours.detach().clone(), theirs.detach().clone()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from train_helpers import REPO  # noqa: F401  (puts the repo on the path)
 
+from model import precision
 from trainer import runtime
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def test_auto_dtype_follows_the_hardware(monkeypatch):
         (False, torch.device("cuda"), torch.float16),
         (False, torch.device("mps"), torch.float32),
     ]:
-        monkeypatch.setattr(runtime, "has_bfloat16", lambda device, has=has: has)
+        monkeypatch.setattr(runtime, "prefers_bfloat16", lambda device, has=has: has)
         assert runtime.choose_dtype("auto", device) == expected
     assert runtime.choose_dtype("fp32", CPU) == torch.float32
     with pytest.raises(runtime.TrainingError, match="float16 on cpu"):
@@ -58,21 +59,15 @@ def test_auto_dtype_follows_the_hardware(monkeypatch):
         runtime.choose_dtype("int8", CPU)
 
 
-@pytest.mark.parametrize("name, expected", [("amx_bf16", True), ("avx512_bf16", True), ("avx2", False)])
-def test_bfloat16_on_cpu_means_amx_or_avx512_bf16(name, expected, monkeypatch):
-    capabilities = {"amx_bf16": False, "avx512_bf16": False, "avx2": True, name: True}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert runtime.cpu_has_bfloat16() is expected
+@pytest.mark.parametrize("bfloat16_seconds, expected", [(0.2, True), (0.9, False), (2.0, False)])
+def test_a_cpu_uses_bfloat16_where_it_is_clearly_faster(bfloat16_seconds, expected, monkeypatch):
+    seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}
+    monkeypatch.setattr(precision, "product_seconds", seconds.get)
+    assert precision.cpu_prefers_bfloat16.__wrapped__() is expected
 
 
-@pytest.mark.parametrize(
-    "flags, expected", [("sse avx512_bf16", True), ("sse amx_bf16 x", True), ("sse", False)]
-)
-def test_older_torch_asks_the_kernel(flags, expected, monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
-    monkeypatch.setattr(runtime.Path, "read_text", lambda self, **_: f"model name\t: x\nflags\t\t: {flags}\n")
-    assert runtime.cpu_has_bfloat16() is expected
+def test_products_are_timed():
+    assert 0 < precision.product_seconds(torch.float32, repeats=1) < 10
 
 
 def test_draws_are_a_function_of_seed_step_and_rank():

@@ -268,39 +268,56 @@ def expected_seconds(model, args, rt, num_rows: int) -> float:
     return tokens * cost / (0.3 * (runtime.peak_flops(rt) or 1e13))
 
 
-def steps_for_minutes(dataset, args, rt, rehearse, undo, validate=None) -> int:
+def steps_for_minutes(dataset, args, rt, update, undo, validate=None) -> tuple[int, list]:
     """How many steps fit into --max_minutes, counted from the start of the process.
 
-    Steps are rehearsed (`rehearse(step, micro_batches)`, the first of them compiles), then taken back by
-    `undo()`, so that the run itself is the one that `--max_steps N` repeats exactly. `validate()` is timed
-    once; the validations of the run are set aside.
+    A few steps are made to see how long they take (`update(step, micro_batches)`, the first of them compiles).
+    They stay, as the first of the run, when the schedule gives them the same rates now that their number is
+    known; else `undo()` takes them back. Either way the run is the one that `--max_steps N` repeats exactly.
+    `validate()` is timed once; the validations of the run are set aside.
+
+    Returns the number of steps and, for `Progress.catch_up`, (what update returned, seconds) of those that
+    stay.
     """
     from trainer import runtime
 
-    budget, times = args.max_minutes * 60, []
+    budget, made, guess = args.max_minutes * 60, [], num_steps(len(dataset), args)
 
     def timed(act, *inputs):
         begin = time.perf_counter()
-        act(*inputs)
+        result = act(*inputs)
         runtime.synchronize(rt)
-        return time.perf_counter() - begin
+        return result, time.perf_counter() - begin
 
     for step, micro_batches in training_steps(dataset, args, rt, 0, end_step=12):
-        times.append(timed(rehearse, step, micro_batches))
-        enough = len(times) >= 4 and sum(times[1:]) > 0.02 * budget
+        made.append(timed(update, step, micro_batches))
+        enough = len(made) >= 4 and sum(seconds for _, seconds in made[1:]) > 0.02 * budget
         if runtime.total(int(enough), rt):
             break
     if rt.stopping:
         raise KeyboardInterrupt
-    undo()
-    validation = timed(validate) if validate else 0.0
+    validation = timed(validate)[1] if validate else 0.0
     # The first step compiles and warms up; the median of the others is not moved by a hiccup.
-    seconds = float(np.median(times[1:])) if len(times) > 1 else times[0]
+    seconds = float(np.median([seconds for _, seconds in made[1:] or made]))
     seconds += validation / args.val_interval if args.val_interval else 0.0
     left = budget - (time.monotonic() - rt.started) - validation - 0.02 * budget  # saves and the curve
-    steps = runtime.broadcast(max(1, int(left / max(seconds, 1e-9))), rt)
+    more = runtime.broadcast(max(1, int(left / max(seconds, 1e-9))), rt)
+    if not same_start(len(made), guess, len(made) + more, len(dataset), args):
+        undo()
+        made = []
+    steps = len(made) + more
     rt.print(
         f"{steps} steps of {seconds:.3g} s fit into {args.max_minutes:g} minutes; the same run again: "
-        f"--max_steps {steps} --use_compile {args.use_compile}"
+        f"--max_steps {steps} --batch_size {args.batch_size} --use_compile {args.use_compile}"
     )
-    return steps
+    return steps, made
+
+
+def same_start(done: int, before: int, after: int, num_rows: int, args) -> bool:
+    """Whether the first `done` steps of a run are the same for both totals: the learning rates, and the rows
+    (which are fewer at the end of the last epoch)."""
+    from trainer.cli import schedule
+    from trainer.optim import lr_factor
+
+    rates = [[lr_factor(step, total, **schedule(args)) for step in range(done)] for total in (before, after)]
+    return rates[0] == rates[1] and done * rows_per_step(args) <= args.epochs * num_rows

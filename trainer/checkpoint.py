@@ -233,9 +233,9 @@ def tokenizer_hash(tokenizer) -> str:
 
 def load_tokenizer():
     """The vocabulary and chat template in model/."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # AutoTokenizer first imports every model's configuration
 
-    return AutoTokenizer.from_pretrained(Path(__file__).resolve().parents[1] / "model")
+    return PreTrainedTokenizerFast.from_pretrained(Path(__file__).resolve().parents[1] / "model")
 
 
 def template_hash(tokenizer) -> str:
@@ -418,12 +418,12 @@ def guess_config(state: dict) -> dict:
 def load_model(path: Path, tokenizer=None, **overrides):
     """(model in eval mode on the CPU, metadata) from a weight file alone: the architecture comes from its
     metadata, or from its shapes. For eval_llm and the scripts."""
-    from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+    from model.model_minimind import MiniMindConfig, MiniMindLM
 
     state, metadata = read_weights(path)
     fields = metadata.get("config") or guess_config(state)
     del state
-    model = MiniMindForCausalLM(MiniMindConfig(**{**fields, **overrides}))
+    model = MiniMindLM(MiniMindConfig(**{**fields, **overrides}))
     return model.eval(), load_weights(model, path, tokenizer)
 
 
@@ -431,7 +431,7 @@ def new_model(args, tokenizer, rt):
     """The model of the architecture flags with random weights, the same on every process."""
     import torch
 
-    from model.model_minimind import MiniMindForCausalLM
+    from model.model_minimind import MiniMindLM
     from trainer.cli import model_config
     from trainer.runtime import mix_seed
 
@@ -442,7 +442,7 @@ def new_model(args, tokenizer, rt):
             f"them: pass --vocab_size {len(tokenizer)}"
         )
     torch.manual_seed(mix_seed(args.seed))
-    return MiniMindForCausalLM(config)
+    return MiniMindLM(config)
 
 
 def load_from_weight(model, args, tokenizer, rt) -> dict | None:

@@ -527,19 +527,16 @@ def default_batch_size(device_type: str, max_minutes: float, max_seq_len: int) -
 
 
 def build_optimizers(model, args, rt) -> list:
-    """The optimizers of the flags. With --dtype float32 Muon's iteration is float32 too: in bfloat16 it
-    magnifies the last digit of a sum, and runs that differ only in the number of processes drift apart."""
+    """The optimizers of the flags. Muon's iteration runs in the compute type: in bfloat16 it magnifies the
+    last digit of a sum, so that float32 runs must not use it."""
     import torch
 
     from trainer import optim
 
-    optimizers = optim.build_optimizers(
-        model, args.optimizer, args.learning_rate, args.muon_lr, args.weight_decay, args.betas
+    ns_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
+    return optim.build_optimizers(
+        model, args.optimizer, args.learning_rate, args.muon_lr, args.weight_decay, args.betas, ns_dtype
     )
-    for optimizer in optimizers:
-        if rt.dtype == torch.float32 and hasattr(optimizer, "ns_dtype"):
-            optimizer.ns_dtype = torch.float32
-    return optimizers
 
 
 def find_data(args, names, mini: str) -> str:

@@ -109,6 +109,20 @@ class Progress:
         own two, tensors or numbers; the line shows total / total since the line before. A skipped step
         gives none.
         """
+        self.count(step, grad_norm, num_tokens, ratios)
+        if self.done % self.args.log_interval == 0 or self.done == self.total_steps:
+            self.write_step(lr, grad_norm)
+
+    def catch_up(self, made: list):
+        """Count the steps that were made to measure the speed (see batches.steps_for_minutes), with their
+        time; the next line shows them."""
+        for step, (stats, _) in enumerate(made):
+            ratios = {name: value for name, value in stats.items() if isinstance(value, tuple)}
+            self.count(step, stats.get("grad_norm"), stats.get("num_tokens", 0), ratios)
+        self.begin -= sum(seconds for _, seconds in made)
+        self.line_begin = self.begin
+
+    def count(self, step: int, grad_norm: float | None, num_tokens: int, ratios: dict):
         self.done = step + 1
         self.steps_in_line += 1
         if grad_norm is not None and not math.isfinite(grad_norm):
@@ -117,8 +131,6 @@ class Progress:
             old_total, old_count = self.sums.get(name, (0, 0))
             total = total.detach() if hasattr(total, "detach") else total
             self.sums[name] = [old_total + total, old_count + count]
-        if self.done % self.args.log_interval == 0 or self.done == self.total_steps:
-            self.write_step(lr, grad_norm)
 
     def write_step(self, lr: float, grad_norm: float | None):
         names = sorted(self.sums)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from model.precision import prefers_bfloat16
 from trainer.cli import default_batch_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -126,6 +127,7 @@ def start(args) -> Runtime:
         # for rank 0 while it tokenizes a large corpus, which may take longer.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         rt.host_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+        rt.dtype = dtype = broadcast(dtype, rt)  # a CPU's is measured: all must agree
     if dtype == torch.float16:
         rt.scaler = torch.amp.GradScaler(device.type)
     torch.manual_seed(mix_seed(rt.seed))
@@ -196,10 +198,10 @@ def choose_device(wanted: str, world_size: int = 1, local_rank: int = 0) -> torc
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the hardware multiplies it, else float16 with loss scaling on CUDA, else
-    float32."""
+    """`auto`: bfloat16 where this machine multiplies it faster than float32, else float16 with loss scaling on
+    CUDA, else float32."""
     if wanted in (None, "auto"):
-        if has_bfloat16(device):
+        if prefers_bfloat16(device):
             return torch.bfloat16
         return torch.float16 if device.type == "cuda" else torch.float32
     wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}.get(wanted, wanted)
@@ -210,37 +212,6 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
             f"--dtype float16 on {device.type} would be slower and less exact than float32; use --dtype auto"
         )
     return DTYPES[wanted]
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products run in hardware (everywhere else they work, slowly)."""
-    if device.type == "cuda":
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "mps":
-        if not torch.backends.mps.is_macos_or_newer(14, 0):
-            return False
-        try:
-            return bool(torch.ones(1, dtype=torch.bfloat16, device=device).add(1).isfinite().all())
-        except (RuntimeError, TypeError):
-            return False
-    return cpu_has_bfloat16()
-
-
-def cpu_has_bfloat16() -> bool:
-    """Intel AMX or AVX512-BF16 (Intel and AMD): asked from torch where it tells, else from the kernel."""
-    wanted = ("amx_bf16", "avx512_bf16")
-    if hasattr(torch.cpu, "get_capabilities"):  # torch >= 2.10
-        capabilities = torch.cpu.get_capabilities()
-        if any(name in capabilities for name in wanted):
-            return any(capabilities.get(name) for name in wanted)
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    if probe is not None and probe():
-        return True
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("flags"):
-                return any(name in line.split() for name in wanted)
-    return False
 
 
 def set_threads(num_threads: int, device: torch.device):

@@ -94,14 +94,16 @@ def main(args):
         factor = optim.lr_factor(step, batches.num_steps(len(train), args), **cli.schedule(args))
         return train_step(model, micro_batches, optimizers, factor, args, rt)
 
+    made = []
     if args.max_minutes and not args.max_steps:
         undo = runtime.snapshot(model, optimizers, rt)
         check = functools.partial(validate, model, val, args, rt)
-        args.max_steps = batches.steps_for_minutes(train, args, rt, update, undo, check)
+        args.max_steps, made = batches.steps_for_minutes(train, args, rt, update, undo, check)
     run = checkpoint.describe("pretrain", args, tokenizer, data, batches.num_steps(len(train), args), parent)
     progress.announce(args, rt, model, run, path, train, val)
     log = progress.Progress(args, rt, model, run)
     log.start(checkpoint.restore(saved, model, optimizers, rt, log))
+    log.catch_up(made)
 
     for step, micro_batches in batches.training_steps(train, args, rt, log.done):
         log.step(step, **update(step, micro_batches))
