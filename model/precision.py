@@ -26,18 +26,19 @@ def prefers_bfloat16(device: torch.device) -> bool:
 
 @functools.cache
 def cpu_prefers_bfloat16() -> bool:
-    """Multiplies once in each type, best of several: 20 ms on one core of a small machine. The factor keeps
-    the answer the same from run to run; no machine seen lies near it."""
-    return product_seconds(torch.bfloat16) * 1.3 < product_seconds(torch.float32)
+    """The factor keeps the answer the same from run to run; no machine seen lies near it."""
+    seconds = product_seconds(torch.float32, torch.bfloat16)
+    return seconds[torch.bfloat16] * 1.3 < seconds[torch.float32]
 
 
-def product_seconds(dtype: torch.dtype, repeats: int = 5) -> float:
-    """Seconds of one (512, 512) x (512, 512) product in `dtype`, the best of `repeats`."""
-    a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    out = torch.empty_like(a)
-    best = float("inf")
-    for _ in range(repeats + 1):  # the first prepares the kernel
-        begin = time.perf_counter()
-        torch.mm(a, b, out=out)
-        best = min(best, time.perf_counter() - begin)
+def product_seconds(*dtypes: torch.dtype, rounds: int = 12) -> dict[torch.dtype, float]:
+    """Seconds of one (512, 512) x (512, 512) product in each type: the best of several, in turns, since a CPU
+    that was idle takes some milliseconds to reach its speed. About 40 ms on two cores."""
+    matrices = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in dtypes}
+    best = dict.fromkeys(dtypes, float("inf"))
+    for _ in range(rounds):
+        for dtype, matrix in matrices.items():
+            begin = time.perf_counter()
+            torch.mm(matrix, matrix)
+            best[dtype] = min(best[dtype], time.perf_counter() - begin)
     return best

@@ -62,12 +62,13 @@ def test_auto_dtype_follows_the_hardware(monkeypatch):
 @pytest.mark.parametrize("bfloat16_seconds, expected", [(0.2, True), (0.9, False), (2.0, False)])
 def test_a_cpu_uses_bfloat16_where_it_is_clearly_faster(bfloat16_seconds, expected, monkeypatch):
     seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}
-    monkeypatch.setattr(precision, "product_seconds", seconds.get)
+    monkeypatch.setattr(precision, "product_seconds", lambda *dtypes: seconds)
     assert precision.cpu_prefers_bfloat16.__wrapped__() is expected
 
 
 def test_products_are_timed():
-    assert 0 < precision.product_seconds(torch.float32, repeats=1) < 10
+    seconds = precision.product_seconds(torch.float32, torch.bfloat16, rounds=2)
+    assert all(0 < seconds[dtype] < 10 for dtype in (torch.float32, torch.bfloat16))
 
 
 def test_draws_are_a_function_of_seed_step_and_rank():
