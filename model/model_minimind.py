@@ -521,7 +521,7 @@ class Block(nn.Module):
 # Loss over the vocabulary
 # ------------------------------------------------------------------------------------------------------------
 
-LOSS_CHUNK = 512  # positions whose logits exist at the same time
+LOSS_CHUNK = {"cpu": 128, "other": 4096}  # positions whose logits exist at once: in a CPU's cache; many on a GPU
 LOSS_ROUND = 128  # their number is rounded up to a multiple of this: few shapes, so kernels are prepared once
 
 
@@ -540,7 +540,7 @@ def chunk_cross_entropy(hidden, weight, targets):
 
 
 class LinearCrossEntropySum(torch.autograd.Function):
-    """Sum of -log softmax(hidden @ weight.T)[target], LOSS_CHUNK positions at a time.
+    """Sum of -log softmax(hidden @ weight.T)[target], a chunk of positions at a time.
 
     The gradient by the logits is known as soon as the logits are, so both matrix gradients are taken in the
     forward pass and the (N, V) logits are never kept.
@@ -554,8 +554,9 @@ class LinearCrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-        for start in range(0, hidden.shape[0], LOSS_CHUNK):
-            part = slice(start, min(start + LOSS_CHUNK, hidden.shape[0]))
+        chunk = LOSS_CHUNK.get(hidden.device.type, LOSS_CHUNK["other"])
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, min(start + chunk, hidden.shape[0]))
             losses, grad = compute_chunk(hidden[part], w, targets[part].clamp(min=0))
             if num_valid is None or part.stop > num_valid:
                 ignored = targets[part] == -100
@@ -564,7 +565,10 @@ class LinearCrossEntropySum(torch.autograd.Function):
             total += losses.sum()
             if needs_grad:
                 torch.mm(grad, w, out=grad_hidden[part])
-                grad_weight += grad.T @ hidden[part]
+                if grad.dtype == torch.float32:
+                    grad_weight.addmm_(grad.T, hidden[part])
+                else:
+                    grad_weight += grad.T @ hidden[part]
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype

@@ -166,9 +166,10 @@ def test_max_minutes_is_turned_into_steps(schedule, stay, tmp_path, monkeypatch,
 
     monkeypatch.setattr(batches, "steps_for_minutes", some_steps)
     timed = ["--max_steps", 0, "--max_minutes", 0.2, "--schedule", schedule, "--epochs", 999]
+    timed += ["--warmup_steps", 0, "--decay_fraction", 0.4]  # so that as few as 5 steps begin at the peak
     train("pretrain", tmp_path / "timed", *timed)
     assert "steps of" in capsys.readouterr().out
-    train("pretrain", tmp_path / "counted", "--schedule", schedule, steps=fitting[0])
+    train("pretrain", tmp_path / "counted", *timed[4:], steps=fitting[0])
     assert_bit_equal(weights(tmp_path / "timed"), weights(tmp_path / "counted"))
     logs = [read_log(tmp_path / name / "out" / "pretrain_log.jsonl") for name in ("timed", "counted")]
     timed_tokens, counted_tokens = (max(line.get("tokens", 0) for line in log) for log in logs)

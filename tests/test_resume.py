@@ -177,14 +177,14 @@ def test_a_new_run_says_that_it_will_replace_an_old_one(tmp_path, capsys):
     [
         (["--seed", 7], "--seed 42 -> 7"),
         (["--batch_size", 5], "rows per step .* 4 -> 5"),
-        (["--learning_rate", 0.5], "--learning_rate 0.01 -> 0.5"),
+        (["--learning_rate", 0.5], "--learning_rate 0.02 -> 0.5"),
         (["--schedule", "cosine"], "--schedule wsd -> cosine"),
         (["--optimizer", "adamw"], "--optimizer muon -> adamw"),
         (["--max_steps", 9], "steps .* 6 -> 9"),
         (["--max_seq_len", 40], "--max_seq_len 48 -> 40.*training data"),
         (["--dropout", 0.2], "--dropout 0.0 -> 0.2"),
         (["--num_hidden_layers", 3], "--num_hidden_layers 2 -> 3"),
-        (["--betas", "0.9,0.99"], "--betas"),
+        (["--betas", "0.9,0.95"], "--betas"),
         (["--val_fraction", 0.4], "training data .* -> "),
     ],
 )

@@ -158,8 +158,6 @@ class StageParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
         parsed.started = time.monotonic()  # --max_minutes counts from here
-        if parsed.learning_rate is None:
-            parsed.learning_rate = 1e-2 if parsed.optimizer == "muon" else 2e-3
         reason = what_is_wrong(parsed)
         if reason:
             self.error(reason)
@@ -305,8 +303,8 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         "--batch_size",
         type=positive_int,
         metavar="ROWS",
-        help="rows in memory at once per process; without it about 16k tokens, and less on a CPU in a short "
-        "run, because many small steps learn faster at first: 2k below 2 minutes, 4k below 10, 8k below 60",
+        help="rows in memory at once per process; without it about 16k tokens, on a CPU 8k, and with "
+        "--max_minutes down to 1k there, because many small steps learn faster at first",
     )
     add(
         g,
@@ -331,15 +329,15 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         "--learning_rate",
         type=positive_float,
         metavar="LR",
-        help="peak rate of AdamW; without it 1e-2 beside muon (embeddings and norms), 2e-3 for all",
+        help="peak rate of AdamW; without it 2e-3 for all, or beside muon (embeddings and norms) 1e-2, up to "
+        "2e-2 when a step has fewer than 4k tokens",
     )
     add(
         g,
         "--muon_lr",
         type=positive_float,
-        default=0.02,
         metavar="LR",
-        help="peak rate of Muon; unused with adamw",
+        help="peak rate of Muon; without it 0.02, less in proportion when a step has fewer than 4k tokens",
     )
     add(
         g,
@@ -353,15 +351,14 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         "--warmup_steps",
         "--warmup_iters",
         type=count,
-        default=0,
         metavar="STEPS",
-        help="steps to reach the peak",
+        help="steps to reach the peak; without it 10, at most a quarter of the run",
     )
     add(
         g,
         "--decay_fraction",
         type=fraction,
-        default=0.4,
+        default=0.7,
         metavar="X",
         help="last share of the run in which wsd decays",
     )
@@ -381,7 +378,7 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         metavar="X",
         help="pull of hidden matrices towards zero per step, times the rate; embeddings and norms are exempt",
     )
-    add(g, "--betas", type=betas, default=(0.9, 0.95), metavar="B1,B2", help="AdamW's two averaging factors")
+    add(g, "--betas", type=betas, default=(0.9, 0.99), metavar="B1,B2", help="AdamW's two averaging factors")
     add(
         g,
         "--grad_clip",
@@ -515,15 +512,40 @@ def schedule(args) -> dict:
     }
 
 
-def default_batch_size(device_type: str, max_minutes: float, max_seq_len: int) -> int:
-    """Rows of a micro-batch when --batch_size is not given (see its help). A function of the flags and the
-    kind of device only, so that repeating a command repeats the run."""
-    tokens = 16384
-    if device_type == "cpu":
-        limits = [(2, 2048), (10, 4096), (60, 8192)]
-        minutes = max_minutes or 30  # a run by steps: something in the middle
-        tokens = next((n for below, n in limits if minutes < below), tokens)
-    return max(1, round(tokens / max_seq_len))
+NOMINAL_CPU_FLOPS = 1.5e11  # a small CPU in training; a constant, so that a command means the same everywhere
+
+
+def settle(args, device_type: str):
+    """Fill in the flags whose defaults depend on others: rows per batch and the two peak learning rates.
+
+    Small steps learn faster per token as long as a run is short. For a CPU run by --max_minutes the step has
+    2.8 sqrt(expected tokens) tokens, at least 1,024, a fit to the best of a few runs between 0.1 and 2.5 million
+    tokens. Muon's rate falls with the step's size below 4,096 tokens; the embeddings' rises, since there
+    are fewer steps to reach their place.
+    """
+    if args.batch_size is None:
+        tokens = 16384 if device_type != "cpu" else 8192
+        if device_type == "cpu" and args.max_minutes:
+            expected = args.max_minutes * 60 * NOMINAL_CPU_FLOPS / flops_of_a_token(args)
+            tokens = min(16384, max(1024, 2.8 * expected**0.5))
+        args.batch_size = max(1, round(tokens / args.max_seq_len))
+    share = min(1.0, args.batch_size * args.accumulation_steps * args.max_seq_len / 4096)
+    if args.muon_lr is None:
+        args.muon_lr = 0.02 * share
+    if args.learning_rate is None:
+        args.learning_rate = min(2e-2, 1e-2 / share**0.5) if args.optimizer == "muon" else 2e-3
+
+
+def flops_of_a_token(args) -> float:
+    """Training FLOPs per token of the model that the flags describe."""
+    import torch
+
+    from model.model_minimind import MiniMindLM, count_parameters, flops_per_token
+
+    config = model_config(args)
+    with torch.device("meta"):
+        active = count_parameters(MiniMindLM(config))[1]
+    return flops_per_token(config, args.max_seq_len, active)
 
 
 def build_optimizers(model, args, rt) -> list:

@@ -114,7 +114,7 @@ def build_optimizers(
     learning_rate: float = 3e-3,
     muon_lr: float = 0.02,
     weight_decay: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: tuple[float, float] = (0.9, 0.99),
     ns_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """`muon`: [AdamW for embeddings, head, router and vectors; Muon for hidden matrices]; `adamw`: [AdamW for
@@ -158,16 +158,19 @@ def lr_factor(
     step: int,
     total_steps: int,
     schedule: str = "wsd",
-    warmup_steps: int = 0,
-    decay_fraction: float = 0.4,
+    warmup_steps: int | None = 0,
+    decay_fraction: float = 0.7,
     min_factor: float = 0.0,
 ) -> float:
     """Share of the peak learning rate at optimizer step `step` (0-based) of `total_steps`.
 
     wsd: warm-up, constant, then linear to min_factor over the last `decay_fraction` of the run;
     cosine: warm-up, then half a cosine to min_factor; linear: warm-up, then a straight line to min_factor;
-    constant: warm-up only. Beyond the end the last value holds (it does not rise again).
+    constant: warm-up only. Beyond the end the last value holds (it does not rise again). warmup_steps None: 10,
+    at most a quarter of the run.
     """
+    if warmup_steps is None:
+        warmup_steps = min(10, total_steps // 4)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     span = max(1, total_steps - warmup_steps)

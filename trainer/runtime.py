@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from model.precision import prefers_bfloat16
-from trainer.cli import default_batch_size
+from trainer.cli import settle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
@@ -117,8 +117,8 @@ def start(args) -> Runtime:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = choose_dtype(getattr(args, "dtype", "auto"), device)
-    if getattr(args, "batch_size", 1) is None:
-        args.batch_size = default_batch_size(device.type, args.max_minutes, args.max_seq_len)
+    if hasattr(args, "batch_size"):
+        settle(args, device.type)
     rt = Runtime(device, dtype, seed=args.seed, local_rank=local_rank)
     rt.started = getattr(args, "started", rt.started)
     if world_size > 1:
