@@ -309,6 +309,7 @@ def block_biases(T: int, document_ids: torch.Tensor | None, dtype: torch.dtype, 
     return biases
 
 
+@torch.compiler.disable  # torch 2.13 compiles its bfloat16 backward into NaN; its products gain nothing anyway
 def blocked_attention(q, k, v, biases: list[torch.Tensor]) -> torch.Tensor:
     """Causal attention as plain matrix products over blocks of query rows, each against the keys up to its
     end.

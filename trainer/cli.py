@@ -330,14 +330,14 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         type=positive_float,
         metavar="LR",
         help="peak rate of AdamW; without it 2e-3 for all, or beside muon (embeddings and norms) 1e-2, up to "
-        "2e-2 when a step has fewer than 4k tokens",
+        "2e-2 for small steps (fewer than 4k tokens)",
     )
     add(
         g,
         "--muon_lr",
         type=positive_float,
         metavar="LR",
-        help="peak rate of Muon; without it 0.02, less in proportion when a step has fewer than 4k tokens",
+        help="peak rate of Muon; without it 0.02, down to 0.005 for small steps",
     )
     add(
         g,
@@ -378,7 +378,20 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         metavar="X",
         help="pull of hidden matrices towards zero per step, times the rate; embeddings and norms are exempt",
     )
-    add(g, "--betas", type=betas, default=(0.9, 0.99), metavar="B1,B2", help="AdamW's two averaging factors")
+    add(
+        g,
+        "--betas",
+        type=betas,
+        metavar="B1,B2",
+        help="AdamW's two averaging factors; without it 0.9,0.99, beside muon down to 0.6,0.99 for small steps",
+    )
+    add(
+        g,
+        "--muon_momentum",
+        type=fraction,
+        metavar="X",
+        help="Muon's averaging factor; without it 0.95, down to 0.8 for small steps",
+    )
     add(
         g,
         "--grad_clip",
@@ -516,12 +529,13 @@ NOMINAL_CPU_FLOPS = 1.5e11  # a small CPU in training; a constant, so that a com
 
 
 def settle(args, device_type: str):
-    """Fill in the flags whose defaults depend on others: rows per batch and the two peak learning rates.
+    """Fill in the flags whose defaults depend on others: rows per batch, rates and averages of the optimizers.
 
     Small steps learn faster per token as long as a run is short. For a CPU run by --max_minutes the step has
-    2.8 sqrt(expected tokens) tokens, at least 1,024, a fit to the best of a few runs between 0.1 and 2.5 million
-    tokens. Muon's rate falls with the step's size below 4,096 tokens; the embeddings' rises, since there
-    are fewer steps to reach their place.
+    2.8 sqrt(expected tokens) tokens, at least 1,024: a fit to the best of a few runs between 0.1 and 2.5 million
+    tokens. So a run of small steps is a run of few steps, and between 1,024 and 4,096 tokens its optimizers
+    average over fewer of them, Muon's rate is lower, and the embeddings' higher: they have fewer steps to reach
+    their place.
     """
     if args.batch_size is None:
         tokens = 16384 if device_type != "cpu" else 8192
@@ -529,11 +543,17 @@ def settle(args, device_type: str):
             expected = args.max_minutes * 60 * NOMINAL_CPU_FLOPS / flops_of_a_token(args)
             tokens = min(16384, max(1024, 2.8 * expected**0.5))
         args.batch_size = max(1, round(tokens / args.max_seq_len))
-    share = min(1.0, args.batch_size * args.accumulation_steps * args.max_seq_len / 4096)
-    if args.muon_lr is None:
-        args.muon_lr = 0.02 * share
-    if args.learning_rate is None:
-        args.learning_rate = min(2e-2, 1e-2 / share**0.5) if args.optimizer == "muon" else 2e-3
+    tokens = args.batch_size * args.accumulation_steps * args.max_seq_len
+    size = min(1.0, max(0.25, tokens / 4096)) if args.optimizer == "muon" else 1.0
+    defaults = {
+        "learning_rate": 1e-2 / size**0.5 if args.optimizer == "muon" else 2e-3,
+        "betas": (1 - 0.1 / size, 0.99),
+        "muon_lr": 0.02 * size,
+        "muon_momentum": 1 - 0.05 / size,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
 
 
 def flops_of_a_token(args) -> float:
@@ -557,7 +577,14 @@ def build_optimizers(model, args, rt) -> list:
 
     ns_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
     return optim.build_optimizers(
-        model, args.optimizer, args.learning_rate, args.muon_lr, args.weight_decay, args.betas, ns_dtype
+        model,
+        args.optimizer,
+        args.learning_rate,
+        args.muon_lr,
+        args.weight_decay,
+        args.betas,
+        args.muon_momentum,
+        ns_dtype,
     )
 
 

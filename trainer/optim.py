@@ -115,6 +115,7 @@ def build_optimizers(
     muon_lr: float = 0.02,
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.99),
+    muon_momentum: float = 0.95,
     ns_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """`muon`: [AdamW for embeddings, head, router and vectors; Muon for hidden matrices]; `adamw`: [AdamW for
@@ -125,7 +126,7 @@ def build_optimizers(
     hidden, other, vectors = split_parameters(model)
     if name == "muon":
         groups = [dict(params=other + vectors, weight_decay=0.0)]
-        muon = [Muon(hidden, muon_lr, weight_decay=weight_decay, ns_dtype=ns_dtype)] if hidden else []
+        muon = [Muon(hidden, muon_lr, muon_momentum, weight_decay, ns_dtype)] if hidden else []
     elif name == "adamw":
         groups = [
             dict(params=hidden, weight_decay=weight_decay),
