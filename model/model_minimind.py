@@ -292,7 +292,7 @@ HIDDEN = -1e30  # exp() of it is exactly 0; finite, because a compiled softmax t
 
 
 def block_biases(T: int, document_ids: torch.Tensor | None, dtype: torch.dtype, device) -> list[torch.Tensor]:
-    """What `blocked_attention` adds to the scores of each block of query rows: 0 = may look, HIDDEN = may not.
+    """What `blocked_attention` adds to the scores of a block of query rows: 0 = may look, HIDDEN = may not.
 
     One (B or 1, 1, rows, 1, keys) tensor per block, made once per forward pass and shared by all layers.
     document_ids (B, T): a position sees only its own document; None: plain causal.
@@ -309,7 +309,7 @@ def block_biases(T: int, document_ids: torch.Tensor | None, dtype: torch.dtype, 
     return biases
 
 
-@torch.compiler.disable  # torch 2.13 compiles its bfloat16 backward into NaN; its products gain nothing anyway
+@torch.compiler.disable  # torch 2.13 compiles its bfloat16 backward into NaN, and it is mostly products
 def blocked_attention(q, k, v, biases: list[torch.Tensor]) -> torch.Tensor:
     """Causal attention as plain matrix products over blocks of query rows, each against the keys up to its
     end.
@@ -522,7 +522,10 @@ class Block(nn.Module):
 # Loss over the vocabulary
 # ------------------------------------------------------------------------------------------------------------
 
-LOSS_CHUNK = {"cpu": 128, "other": 4096}  # positions whose logits exist at once: in a CPU's cache; many on a GPU
+LOSS_CHUNK = {
+    "cpu": 128,
+    "other": 4096,
+}  # positions whose logits exist at once: in a CPU's cache; many on a GPU
 LOSS_ROUND = 128  # their number is rounded up to a multiple of this: few shapes, so kernels are prepared once
 
 
@@ -730,6 +733,10 @@ class MiniMindLM(nn.Module):
         self.model.run_block = torch.compile(Block.forward, dynamic=False)
         self.compute_chunk = torch.compile(chunk_cross_entropy, dynamic=True)
         return self
+
+    def uncompile_blocks(self):
+        """Take `compile_blocks` back."""
+        self.model.run_block, self.compute_chunk = Block.forward, chunk_cross_entropy
 
     def forward(
         self,

@@ -16,6 +16,7 @@ Prints one line per metric: share of right answers with its 95 % interval, greed
 import argparse
 import json
 import math
+import random
 import sys
 import time
 from pathlib import Path
@@ -75,9 +76,11 @@ def bits_per_byte(model, tokenizer, path: Path, max_seq_len: int = 512) -> float
     return nats / math.log(2) / data.num_bytes
 
 
-def examine(model, tokenizer, data_dir: Path, max_new_tokens: int = 64, engine=None) -> dict:
+def examine(
+    model, tokenizer, data_dir: Path, max_new_tokens: int = 64, engine=None, num_items: int = 0
+) -> dict:
     """All metrics of one model: {"metrics": {name: number}, "intervals": ..., "items": ..., "wrong":
-    samples}."""
+    samples}. num_items: a fixed random choice of so many questions per exam, 0 = all."""
     from dataset.mini_eval import is_correct
     from model.generation import Generator
 
@@ -88,6 +91,8 @@ def examine(model, tokenizer, data_dir: Path, max_new_tokens: int = 64, engine=N
     ended = []
     for name, file in FILES.items():
         rows = read_rows(data_dir / file)
+        if num_items:
+            rows = random.Random(0).sample(rows, min(num_items, len(rows)))
         replies = answer(
             engine, tokenizer, [[{"role": "user", "content": r["question"]}] for r in rows], max_new_tokens
         )
@@ -136,6 +141,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--max_new_tokens", type=int, default=64, help="limit of an answer, in tokens (default: 64)"
     )
+    parser.add_argument("--items", type=int, default=0, help="questions per exam, 0 = all (default: 0)")
     parser.add_argument("--num_threads", type=int, default=0, help="CPU threads, 0 = all (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument(
@@ -165,7 +171,7 @@ def main(args):
         torch.manual_seed(0)
         model = MiniMindLM(model.config).eval()
     engine = Generator(model)
-    result = examine(model, tokenizer, args.data_dir, args.max_new_tokens, engine)
+    result = examine(model, tokenizer, args.data_dir, args.max_new_tokens, engine, args.items)
     result["conversations"] = {lang: talk(engine, tokenizer, turns) for lang, turns in CONVERSATIONS.items()}
     result["seconds"] = time.time() - started
     for name, value in result["metrics"].items():

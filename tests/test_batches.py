@@ -154,8 +154,8 @@ def test_the_fingerprint_changes_with_content_length_and_packing(tmp_path):
 
 @pytest.mark.parametrize("schedule, stay", [("wsd", True), ("cosine", False)])
 def test_max_minutes_is_turned_into_steps(schedule, stay, tmp_path, monkeypatch, capsys):
-    """The steps that measured the speed stay where the schedule allows it, else they are taken back: the timed
-    run equals `--max_steps N` bit for bit."""
+    """The steps that measured the speed stay where the schedule allows it, else they are taken back: the
+    timed run equals `--max_steps N` bit for bit."""
     original, fitting = batches.steps_for_minutes, []
 
     def some_steps(*args):
@@ -180,7 +180,8 @@ def test_max_minutes_is_turned_into_steps(schedule, stay, tmp_path, monkeypatch,
 
 def test_the_steps_that_fit_follow_from_the_median_time(dataset, monkeypatch):
     """Steps of 2 s after a first one of 20 s, validation of 4 s at the end and after every 10th step, 2 %
-    kept back: four steps and one validation take 30 of the 120 s, 34 more steps of 2.4 s fit into the rest."""
+    kept back: after the first, steps are made for a fifth of the time. 14 steps and one validation take 50 of
+    the 120 s, 26 more steps of 2.4 s fit into the rest."""
     from trainer import runtime
 
     clock = SimpleNamespace(now=0.0)
@@ -198,11 +199,12 @@ def test_the_steps_that_fit_follow_from_the_median_time(dataset, monkeypatch):
     def validate():
         clock.now += 4.0
 
-    more = int((120 - 30 - 4 - 2.4) / 2.4)
+    more = int((120 - 46 - 4 - 4 - 2.4) / 2.4)
     steps, made = batches.steps_for_minutes(dataset, args, rt, rehearse, lambda: undone.append(1), validate)
-    assert (steps, len(made), undone) == (4 + more, 4, [])
-    assert [seconds for _, seconds in made] == [20, 2, 2, 2]
-    args.schedule, clock.now = "linear", 0.0  # its rates depend on the number of steps
+    assert (steps, len(made), undone) == (14 + more, 14, [])
+    assert [seconds for _, seconds in made] == [20, *[2] * 13]
+    args.schedule, clock.now = "linear", 0.0  # its rates depend on the number of steps: only four are made
+    more = int((120 - 26 - 4 - 4 - 2.4) / 2.4)
     steps, made = batches.steps_for_minutes(dataset, args, rt, rehearse, lambda: undone.append(1), validate)
     assert (steps, made, undone) == (more, [], [1])
 

@@ -33,7 +33,9 @@ def test_three_steps_bring_singular_values_near_one():
     torch.manual_seed(0)
     U, _ = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))
     V, _ = torch.linalg.qr(torch.randn(96, 64, dtype=torch.float64))
-    S = torch.logspace(0, -1.3, 64, dtype=torch.float64)  # the smallest is 0.01 after the division by the norm
+    S = torch.logspace(
+        0, -1.3, 64, dtype=torch.float64
+    )  # the smallest is 0.01 after the division by the norm
     assert (S / S.norm()).min() > 0.01
     G = U @ torch.diag(S) @ V.T
     result = torch.linalg.svdvals(orthogonalise(G[None])[0])
@@ -46,6 +48,15 @@ def test_a_batch_of_matrices_equals_one_by_one_tall_and_wide():
     for shape in [(3, 8, 20), (3, 20, 8)]:
         G = torch.randn(shape, dtype=torch.float64)
         torch.testing.assert_close(orthogonalise(G), torch.cat([orthogonalise(g[None]) for g in G]))
+
+
+def test_blocks_of_rows_are_orthogonalised_by_themselves():
+    """Along the shorter side, whatever its direction; a side that the block does not divide stays whole."""
+    G = torch.randn(2, 8, 20, dtype=torch.float64)
+    blocks = torch.cat([orthogonalise(G[:, :4]), orthogonalise(G[:, 4:])], dim=1)
+    torch.testing.assert_close(orthogonalise(G, block_rows=4), blocks)
+    torch.testing.assert_close(orthogonalise(G.mT, block_rows=4), blocks.mT)
+    torch.testing.assert_close(orthogonalise(G, block_rows=3), orthogonalise(G))
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 48)])

@@ -1,5 +1,6 @@
 """Device, precision, seeds, sums, signals and the guarded optimizer step."""
 
+import contextlib
 import math
 import os
 import signal
@@ -10,6 +11,7 @@ import torch
 from train_helpers import REPO  # noqa: F401  (puts the repo on the path)
 
 from model import precision
+from model.model_minimind import MiniMindConfig, MiniMindLM
 from trainer import runtime
 
 CPU = torch.device("cpu")
@@ -212,6 +214,47 @@ def test_without_a_compiler_the_run_goes_on_uncompiled(monkeypatch, capsys):
     assert runtime.maybe_compile(model, "auto", started()) == (model, "0")
     assert "torch.compile: off (no C++ compiler found" in capsys.readouterr().out
     assert runtime.maybe_compile(model, "0", started()) == (model, "0")
+
+
+@pytest.mark.parametrize("factor, expected", [(1.0, "1"), (1.3, "0"), (float("nan"), "0")])
+def test_a_wrong_compiled_gradient_turns_compiling_off(factor, expected, monkeypatch, capsys):
+    """`compile_blocks` is replaced by one whose blocks have `factor` times the gradient."""
+    model = MiniMindLM(
+        MiniMindConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, residual_init="normal")
+    )
+
+    def compile_blocks():
+        plain = type(model.model.layers[0]).forward
+
+        def run(*args):
+            x, *rest = plain(*args)
+            if not torch.compiler.get_stance() == "force_eager":
+                x.register_hook(lambda grad: grad * factor)
+            return x, *rest
+
+        model.model.run_block = run
+
+    model.compile_blocks = compile_blocks
+    stance = ["default"]
+    monkeypatch.setattr(torch.compiler, "get_stance", lambda: stance[0], raising=False)
+
+    @contextlib.contextmanager
+    def set_stance(name):
+        stance[0] = name
+        yield
+        stance[0] = "default"
+
+    monkeypatch.setattr(torch.compiler, "set_stance", set_stance)
+    monkeypatch.setattr(runtime, "why_not_compile", lambda device: None)
+    ids = torch.randint(0, 50, (2, 8))
+    _, chosen = runtime.maybe_compile(
+        model, "auto", started(), 1e9, lambda: {"input_ids": ids, "labels": ids}
+    )
+    assert chosen == expected
+    assert ("torch.compile: off (compiled, this torch gives loss" in capsys.readouterr().out) == (
+        chosen == "0"
+    )
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_short_run_is_not_compiled(capsys):

@@ -210,6 +210,12 @@ def training_steps(dataset, args, rt, start_step: int = 0, end_step: int | None 
         thread.join()
 
 
+def first_micro_batch(dataset, args, rt) -> dict:
+    """The micro-batch that this process sees first, on its device."""
+    rows = Order(len(dataset), args.seed).rows(step_positions(0, len(dataset), args))
+    return {name: tensor.to(rt.device) for name, tensor in load_step(dataset, rows, args, rt)[0].items()}
+
+
 def validation_batches(dataset, args, rt):
     """This process's share of a held-out set, in fixed order, as micro-batches on the device."""
     mine = range(rt.rank, len(dataset), rt.world_size)
@@ -250,7 +256,8 @@ def fingerprint(dataset) -> str:
     digest = hashlib.sha256()
     for array in (dataset.starts, dataset.lengths, dataset.row_offsets, *(c.hashes for c in dataset.caches)):
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    digest.update(dataset.batch([0])["input_ids"].numpy().tobytes())
+    for cache in dataset.caches:  # the hashes above are of questions alone, in a file of conversations
+        digest.update(cache.meta["key"]["content"].encode())
     return digest.hexdigest()[:16]
 
 
@@ -271,7 +278,7 @@ def expected_seconds(model, args, rt, num_rows: int) -> float:
 def steps_for_minutes(dataset, args, rt, update, undo, validate=None) -> tuple[int, list]:
     """How many steps fit into --max_minutes, counted from the start of the process.
 
-    A few steps are made to see how long they take (`update(step, micro_batches)`, the first of them compiles).
+    Some steps are made to see how long they take (`update(step, micro_batches)`, the first of them compiles).
     They stay, as the first of the run, when the schedule gives them the same rates now that their number is
     known; else `undo()` takes them back. Either way the run is the one that `--max_steps N` repeats exactly.
     `validate()` is timed once; the validations of the run are set aside.
@@ -289,9 +296,11 @@ def steps_for_minutes(dataset, args, rt, update, undo, validate=None) -> tuple[i
         runtime.synchronize(rt)
         return result, time.perf_counter() - begin
 
-    for step, micro_batches in training_steps(dataset, args, rt, 0, end_step=12):
+    # Steps that will stay may take longer; a fifth of the run is less than any wsd keeps its peak by default.
+    wanted = min(0.2 * budget, 30) if args.schedule in ("wsd", "constant") else 0.02 * budget
+    for step, micro_batches in training_steps(dataset, args, rt, 0, guess):
         made.append(timed(update, step, micro_batches))
-        enough = len(made) >= 4 and sum(seconds for _, seconds in made[1:]) > 0.02 * budget
+        enough = len(made) >= 4 and sum(seconds for _, seconds in made[1:]) > wanted
         if runtime.total(int(enough), rt):
             break
     if rt.stopping:

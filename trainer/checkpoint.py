@@ -233,7 +233,9 @@ def tokenizer_hash(tokenizer) -> str:
 
 def load_tokenizer():
     """The vocabulary and chat template in model/."""
-    from transformers import PreTrainedTokenizerFast  # AutoTokenizer first imports every model's configuration
+    from transformers import (
+        PreTrainedTokenizerFast,
+    )  # AutoTokenizer first imports every model's configuration
 
     return PreTrainedTokenizerFast.from_pretrained(Path(__file__).resolve().parents[1] / "model")
 

@@ -383,7 +383,8 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         "--betas",
         type=betas,
         metavar="B1,B2",
-        help="AdamW's two averaging factors; without it 0.9,0.99, beside muon down to 0.6,0.99 for small steps",
+        help="AdamW's two averaging factors; without it 0.9,0.99, beside muon down to 0.6,0.99 for small "
+        "steps",
     )
     add(
         g,
@@ -391,6 +392,14 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         type=fraction,
         metavar="X",
         help="Muon's averaging factor; without it 0.95, down to 0.8 for small steps",
+    )
+    add(
+        g,
+        "--muon_block_rows",
+        type=count,
+        metavar="ROWS",
+        help="orthogonalise blocks of so many rows, for a fraction of the cost; 0 = whole matrices; "
+        "without it 128 on a CPU, where the cost matters, else 0",
     )
     add(
         g,
@@ -529,13 +538,13 @@ NOMINAL_CPU_FLOPS = 1.5e11  # a small CPU in training; a constant, so that a com
 
 
 def settle(args, device_type: str):
-    """Fill in the flags whose defaults depend on others: rows per batch, rates and averages of the optimizers.
+    """Fill in the flags whose defaults depend on others: rows per batch, the optimizers' rates and averages.
 
     Small steps learn faster per token as long as a run is short. For a CPU run by --max_minutes the step has
-    2.8 sqrt(expected tokens) tokens, at least 1,024: a fit to the best of a few runs between 0.1 and 2.5 million
-    tokens. So a run of small steps is a run of few steps, and between 1,024 and 4,096 tokens its optimizers
-    average over fewer of them, Muon's rate is lower, and the embeddings' higher: they have fewer steps to reach
-    their place.
+    2.8 sqrt(expected tokens) tokens, at least 1,024: a fit to the best of a few runs between 0.1 and 2.5
+    million tokens. So a run of small steps is a run of few steps, and between 1,024 and 4,096 tokens its
+    optimizers average over fewer of them, Muon's rate is lower, and the embeddings' higher: they have fewer
+    steps to reach their place.
     """
     if args.batch_size is None:
         tokens = 16384 if device_type != "cpu" else 8192
@@ -550,6 +559,7 @@ def settle(args, device_type: str):
         "betas": (1 - 0.1 / size, 0.99),
         "muon_lr": 0.02 * size,
         "muon_momentum": 1 - 0.05 / size,
+        "muon_block_rows": 128 if device_type == "cpu" else 0,
     }
     for name, value in defaults.items():
         if getattr(args, name, value) is None:
@@ -584,6 +594,7 @@ def build_optimizers(model, args, rt) -> list:
         args.weight_decay,
         args.betas,
         args.muon_momentum,
+        args.muon_block_rows,
         ns_dtype,
     )
 

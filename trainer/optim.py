@@ -15,8 +15,8 @@ import torch
 
 # Coefficients (a, b, c) of each step of `orthogonalise`.
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # as Muon was published: singular values end in 0.7 ... 1.2
-# The best three quintics in a row for singular values in [0.01, 1]: they end in 0.73 ... 1.27. Each minimises the
-# greatest distance to 1 over what the step before leaves (Polar Express, Amsel et al. 2025,
+# The best three quintics in a row for singular values in [0.01, 1]: they end in 0.73 ... 1.27. Each minimises
+# the greatest distance to 1 over what the step before leaves (Polar Express, Amsel et al. 2025,
 # https://arxiv.org/abs/2505.16932). The same loss as the five steps above, for three fifths of the time.
 THREE_STEPS = (
     (8.0934, -23.6204, 17.4462),
@@ -25,21 +25,29 @@ THREE_STEPS = (
 )
 
 
-def orthogonalise(matrices: torch.Tensor, coefficients=THREE_STEPS) -> torch.Tensor:
+def orthogonalise(matrices: torch.Tensor, coefficients=THREE_STEPS, block_rows: int = 0) -> torch.Tensor:
     """The approximate U V^T of G = U S V^T, for a stack of matrices (n, rows, cols), in the dtype given.
 
-    Newton-Schulz iteration: each step X <- a X + (b A + c A^2) X with A = X X^T maps every singular value s to
-    a s + b s^3 + c s^5, towards 1. Near 1 is exact enough, and it needs only matrix products.
+    Newton-Schulz iteration: each step X <- a X + (b A + c A^2) X with A = X X^T maps every singular value s
+    to a s + b s^3 + c s^5, towards 1. Near 1 is exact enough, and it needs only matrix products.
+
+    block_rows: cut each matrix along its shorter side into blocks of so many rows and orthogonalise each by
+    itself (as MuonBP does between its full steps, Khaled et al. 2025, https://arxiv.org/abs/2510.16981),
+    which costs a fraction; 0, or a side that it does not divide: whole matrices.
     """
     X = matrices
     tall = X.shape[-2] > X.shape[-1]
     if tall:
         X = X.mT
+    whole = X.shape
+    if block_rows and whole[-2] % block_rows == 0:
+        X = X.reshape(-1, block_rows, whole[-1])
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in coefficients:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
+    X = X.view(whole)
     return X.mT if tall else X
 
 
@@ -58,10 +66,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay=0.0,
         ns_dtype=torch.float32,
         coefficients=THREE_STEPS,
+        block_rows=0,
     ):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(params, defaults)
-        self.ns_dtype, self.coefficients = ns_dtype, coefficients
+        self.ns_dtype, self.coefficients, self.block_rows = ns_dtype, coefficients, block_rows
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -82,7 +91,8 @@ class Muon(torch.optim.Optimizer):
         bufs = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
         torch._foreach_lerp_(bufs, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, bufs, group["momentum"])
-        update = orthogonalise(torch.stack([u.to(self.ns_dtype) for u in updates]), self.coefficients)
+        stack = torch.stack([u.to(self.ns_dtype) for u in updates])
+        update = orthogonalise(stack, self.coefficients, self.block_rows)
         scale = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -116,6 +126,7 @@ def build_optimizers(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.99),
     muon_momentum: float = 0.95,
+    muon_block_rows: int = 0,
     ns_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """`muon`: [AdamW for embeddings, head, router and vectors; Muon for hidden matrices]; `adamw`: [AdamW for
@@ -126,7 +137,8 @@ def build_optimizers(
     hidden, other, vectors = split_parameters(model)
     if name == "muon":
         groups = [dict(params=other + vectors, weight_decay=0.0)]
-        muon = [Muon(hidden, muon_lr, muon_momentum, weight_decay, ns_dtype)] if hidden else []
+        settings = dict(weight_decay=weight_decay, ns_dtype=ns_dtype, block_rows=muon_block_rows)
+        muon = [Muon(hidden, muon_lr, muon_momentum, **settings)] if hidden else []
     elif name == "adamw":
         groups = [
             dict(params=hidden, weight_decay=weight_decay),
@@ -167,8 +179,8 @@ def lr_factor(
 
     wsd: warm-up, constant, then linear to min_factor over the last `decay_fraction` of the run;
     cosine: warm-up, then half a cosine to min_factor; linear: warm-up, then a straight line to min_factor;
-    constant: warm-up only. Beyond the end the last value holds (it does not rise again). warmup_steps None: 10,
-    at most a quarter of the run.
+    constant: warm-up only. Beyond the end the last value holds (it does not rise again). warmup_steps None:
+    10, at most a quarter of the run.
     """
     if warmup_steps is None:
         warmup_steps = min(10, total_steps // 4)

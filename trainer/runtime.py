@@ -198,8 +198,8 @@ def choose_device(wanted: str, world_size: int = 1, local_rank: int = 0) -> torc
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where this machine multiplies it faster than float32, else float16 with loss scaling on
-    CUDA, else float32."""
+    """`auto`: bfloat16 where this machine multiplies it faster than float32, else float16 with loss scaling
+    on CUDA, else float32."""
     if wanted in (None, "auto"):
         if prefers_bfloat16(device):
             return torch.bfloat16
@@ -441,14 +441,16 @@ COMPILING_PAYS_AFTER = (
 )
 
 
-def maybe_compile(model, use_compile: str, rt: Runtime, expected_seconds: float = math.inf):
+def maybe_compile(model, use_compile: str, rt: Runtime, expected_seconds: float = math.inf, batch=None):
     """`1`: compile. `0`: do not. `auto`: compile a run that lasts long enough for it to pay, when a short
     trial succeeds (it needs a C++ compiler on CPU, Triton on CUDA); otherwise say so and go on uncompiled.
 
-    Works on a model (its `compile_blocks` where it has one) or a function. Returns (what to call, "1" or
-    "0").
+    Works on a model (its `compile_blocks` where it has one) or a function. `batch()` gives a micro-batch:
+    with `auto`, a compiled model must have the gradient of the uncompiled one on it. Returns (what to call,
+    "1" or "0").
     """
-    if use_compile == "auto":
+    auto = use_compile == "auto"
+    if auto:
         reason = why_not_compile(rt.device) if expected_seconds > COMPILING_PAYS_AFTER else "a short run"
         reason = broadcast(reason, rt)
         if reason:
@@ -457,11 +459,42 @@ def maybe_compile(model, use_compile: str, rt: Runtime, expected_seconds: float 
     if use_compile == "0":
         return model, "0"
     if hasattr(model, "compile_blocks"):
-        return model.compile_blocks(), "1"
+        model.compile_blocks()
+        if auto and batch is not None:
+            reason = why_gradients_differ(model, batch(), rt)
+            if total(int(reason is not None), rt):  # one process is enough
+                rt.print(f"torch.compile: off ({reason or 'another process found a wrong gradient'})")
+                model.uncompile_blocks()
+                return model, "0"
+        return model, "1"
     if isinstance(model, torch.nn.Module):
         model.compile()  # in place: state dict names stay as they are
         return model, "1"
     return torch.compile(model), "1"
+
+
+def why_gradients_differ(model, batch: dict, rt: Runtime) -> str | None:
+    """None when the compiled model has the loss and the gradient of the uncompiled one, but for rounding.
+    Torch 2.13 is known to compile some bfloat16 code for CPUs into NaN; a run should not find out the hard
+    way."""
+    seen = []
+    for stance in ("force_eager", "default"):
+        with torch.compiler.set_stance(stance):
+            with rt.autocast():
+                loss = model(**batch, return_logits=False).loss
+            loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        model.zero_grad(set_to_none=True)
+        seen.append((loss.item(), norm.item()))
+    (loss, norm), (compiled_loss, compiled_norm) = seen
+    if (
+        abs(compiled_loss - loss) <= 0.02 * abs(loss) and abs(compiled_norm - norm) <= 0.1 * norm
+    ):  # NaN: False
+        return None
+    return (
+        f"compiled, this torch gives loss {compiled_loss:.4g} and gradient norm {compiled_norm:.4g} where "
+        f"uncompiled it gives {loss:.4g} and {norm:.4g}"
+    )
 
 
 def why_not_compile(device: torch.device) -> str | None:

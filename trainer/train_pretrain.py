@@ -85,7 +85,8 @@ def main(args):
     saved = checkpoint.find_resume(args, model.config, tokenizer, data, len(train), rt)
     parent = saved["run"]["parent"] if saved else checkpoint.load_from_weight(model, args, tokenizer, rt)
     seconds = batches.expected_seconds(model, args, rt, len(train))
-    model, args.use_compile = runtime.maybe_compile(model, args.use_compile, rt, seconds)
+    first = functools.partial(batches.first_micro_batch, train, args, rt)
+    model, args.use_compile = runtime.maybe_compile(model, args.use_compile, rt, seconds, first)
     model = runtime.wrap(model, rt)
     optimizers = cli.build_optimizers(model, args, rt)
 
