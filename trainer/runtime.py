@@ -446,7 +446,7 @@ def maybe_compile(model, use_compile: str, rt: Runtime, expected_seconds: float 
     trial succeeds (it needs a C++ compiler on CPU, Triton on CUDA); otherwise say so and go on uncompiled.
 
     Works on a model (its `compile_blocks` where it has one) or a function. `batch()` gives a micro-batch:
-    with `auto`, a compiled model must have the gradient of the uncompiled one on it. Returns (what to call,
+    with `auto`, on a CPU, a compiled model must have the gradient of the uncompiled one on it. Returns (what to call,
     "1" or "0").
     """
     auto = use_compile == "auto"
@@ -460,7 +460,7 @@ def maybe_compile(model, use_compile: str, rt: Runtime, expected_seconds: float 
         return model, "0"
     if hasattr(model, "compile_blocks"):
         model.compile_blocks()
-        if auto and batch is not None:
+        if auto and batch is not None and rt.device.type == "cpu":
             reason = why_gradients_differ(model, batch(), rt)
             if total(int(reason is not None), rt):  # one process is enough
                 rt.print(f"torch.compile: off ({reason or 'another process found a wrong gradient'})")
