@@ -446,8 +446,8 @@ def maybe_compile(model, use_compile: str, rt: Runtime, expected_seconds: float 
     trial succeeds (it needs a C++ compiler on CPU, Triton on CUDA); otherwise say so and go on uncompiled.
 
     Works on a model (its `compile_blocks` where it has one) or a function. `batch()` gives a micro-batch:
-    with `auto`, on a CPU, a compiled model must have the gradient of the uncompiled one on it. Returns (what to call,
-    "1" or "0").
+    with `auto`, on a CPU, a compiled model must have the gradient of the uncompiled one on it. Returns (what
+    to call, "1" or "0").
     """
     auto = use_compile == "auto"
     if auto:
