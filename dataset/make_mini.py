@@ -57,19 +57,19 @@ COUNTS = {
     "statements": 22,  # per fact, language and direction, in pretraining
     "titles": 4,  # per fact, language and direction: a heading and the canonical sentence
     "restated": 2,  # per fact, language and direction: two sentences that say the same
-    "pretrain_qa": 5,  # per asked fact, language and direction
-    "pretrain_sums": 8000,
+    "pretrain_qa": 7,  # per asked fact, language and direction
+    "pretrain_sums": 5000,
     "pretrain_other_math": 1500,
-    "pretrain_reading": 1500,  # per language, made-up facts with a question about one of them
+    "pretrain_reading": 1000,  # per language, made-up facts with a question about one of them
     "pretrain_copying": 400,  # per language
     "stories": 300,  # per language
     "pretrain_chat": 500,  # per language
-    "sft_facts": 5,  # per asked fact, language and direction
-    "sft_sums": 5000,
+    "sft_facts": 7,  # per asked fact, language and direction
+    "sft_sums": 3000,
     "sft_other_math": 700,
     "sft_chat": 1200,  # per language, single turn
     "sft_multi": 500,  # per language, several turns
-    "sft_reading": 800,  # per language
+    "sft_reading": 400,  # per language
     "sft_copying": 400,  # per language
     "sft_tools": 260,
     "tools": 1500,
