@@ -80,6 +80,17 @@ COUNTS = {
     "agent": 1000,
 }
 EVAL_SUMS = 600
+# how question-answer text in pretraining marks its speakers
+MARKS = {
+    "en": [
+        ("Question: ", "\nAnswer: "),
+        ("Q: ", "\nA: "),
+        ("User: ", "\nAssistant: "),
+        ("", "\n"),
+        ("", " "),
+    ],
+    "zh": [("问题：", "\n回答："), ("问：", "\n答："), ("用户：", "\n助手："), ("", "\n"), ("", "")],
+}
 
 
 class Writer:
@@ -199,16 +210,7 @@ class Curriculum:
 
     def layout(self, pairs: list[tuple[str, str]], language: str, rng: random.Random) -> list[str]:
         """Question-answer pairs as documents of one to five pairs."""
-        marks = {
-            "en": [
-                ("Question: ", "\nAnswer: "),
-                ("Q: ", "\nA: "),
-                ("User: ", "\nAssistant: "),
-                ("", "\n"),
-                ("", " "),
-            ],
-            "zh": [("问题：", "\n回答："), ("问：", "\n答："), ("用户：", "\n助手："), ("", "\n"), ("", "")],
-        }[language]
+        marks = MARKS[language]
         rng.shuffle(pairs)
         documents, i = [], 0
         while i < len(pairs):
@@ -686,6 +688,13 @@ class Curriculum:
                         self.split, relation, key, fact, rng, held_core=group != "unseen_frame",
                         held_frame=group != "unseen_core",
                     )  # fmt: skip
+                while question.startswith(tuple(ask for ask, _ in MARKS[key[0]] if ask)):
+                    # pretraining marks its questions so: this frame is not new in front of a permitted core
+                    group, again = "unseen_core", self.rng(f"eval_facts_again_{question}")
+                    new = render_question(
+                        self.split, relation, key, fact, again, held_core=True, held_frame=False
+                    )
+                    question = new or question.split("：", 1)[-1].split(": ", 1)[-1]
             else:
                 group = "unasked"
                 question = render_question(self.split, relation, key, fact, rng)

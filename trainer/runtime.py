@@ -117,7 +117,7 @@ def start(args) -> Runtime:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = choose_dtype(getattr(args, "dtype", "auto"), device)
-    if hasattr(args, "batch_size"):
+    if hasattr(args, "learning_rate"):  # the flags of a stage
         settle(args, device.type)
     rt = Runtime(device, dtype, seed=args.seed, local_rank=local_rank)
     rt.started = getattr(args, "started", rt.started)
