@@ -688,13 +688,17 @@ class Curriculum:
                         self.split, relation, key, fact, rng, held_core=group != "unseen_frame",
                         held_frame=group != "unseen_core",
                     )  # fmt: skip
-                while question.startswith(tuple(ask for ask, _ in MARKS[key[0]] if ask)):
+                again, marks = (
+                    self.rng(f"eval_facts_again_{question}"),
+                    tuple(ask for ask, _ in MARKS[key[0]] if ask),
+                )
+                while question is None or question.startswith(marks):
                     # pretraining marks its questions so: this frame is not new in front of a permitted core
-                    group, again = "unseen_core", self.rng(f"eval_facts_again_{question}")
-                    new = render_question(
-                        self.split, relation, key, fact, again, held_core=True, held_frame=False
-                    )
-                    question = new or question.split("：", 1)[-1].split(": ", 1)[-1]
+                    group = again.choice(["unseen_core", "unseen_both"])
+                    question = render_question(
+                        self.split, relation, key, fact, again, held_core=True,
+                        held_frame=group == "unseen_both",
+                    )  # fmt: skip
             else:
                 group = "unasked"
                 question = render_question(self.split, relation, key, fact, rng)
