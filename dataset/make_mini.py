@@ -692,13 +692,17 @@ class Curriculum:
                     self.rng(f"eval_facts_again_{question}"),
                     tuple(ask for ask, _ in MARKS[key[0]] if ask),
                 )
-                while question is None or question.startswith(marks):
+                for _ in range(50):
+                    if question is not None and not question.startswith(marks):
+                        break
                     # pretraining marks its questions so: this frame is not new in front of a permitted core
-                    group = again.choice(["unseen_core", "unseen_both"])
+                    group = again.choice(["unseen_core", "unseen_frame", "unseen_both"])
                     question = render_question(
-                        self.split, relation, key, fact, again, held_core=True,
-                        held_frame=group == "unseen_both",
+                        self.split, relation, key, fact, again, held_core=group != "unseen_frame",
+                        held_frame=group != "unseen_core",
                     )  # fmt: skip
+                if question is None or question.startswith(marks):
+                    continue  # no unseen wording is left for this fact
             else:
                 group = "unasked"
                 question = render_question(self.split, relation, key, fact, rng)
