@@ -688,10 +688,8 @@ class Curriculum:
                         self.split, relation, key, fact, rng, held_core=group != "unseen_frame",
                         held_frame=group != "unseen_core",
                     )  # fmt: skip
-                again, marks = (
-                    self.rng(f"eval_facts_again_{question}"),
-                    tuple(ask for ask, _ in MARKS[key[0]] if ask),
-                )
+                again = self.rng(f"eval_facts_again_{question}")
+                marks = tuple(ask for ask, _ in MARKS[key[0]] if ask)
                 for _ in range(50):
                     if question is not None and not question.startswith(marks):
                         break

@@ -288,11 +288,10 @@ class RMSNorm(nn.Module):
 
 
 BLOCK = 128  # query rows per block of `blocked_attention`
-HIDDEN = -1e30  # exp() of it is exactly 0; finite, because a compiled softmax turns -inf - (-inf) into NaN
 
 
 def block_biases(T: int, document_ids: torch.Tensor | None, dtype: torch.dtype, device) -> list[torch.Tensor]:
-    """What `blocked_attention` adds to the scores of a block of query rows: 0 = may look, HIDDEN = may not.
+    """What `blocked_attention` adds to the scores of a block of query rows: 0 = may look, -inf = may not.
 
     One (B or 1, 1, rows, 1, keys) tensor per block, made once per forward pass and shared by all layers.
     document_ids (B, T): a position sees only its own document; None: plain causal.
@@ -304,12 +303,12 @@ def block_biases(T: int, document_ids: torch.Tensor | None, dtype: torch.dtype, 
         visible = (slots[:end] <= slots[start:end, None])[None]
         if document_ids is not None:
             visible = visible & (document_ids[:, start:end, None] == document_ids[:, None, :end])
-        bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, HIDDEN)
+        bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
         biases.append(bias[:, None, :, None, :])
     return biases
 
 
-@torch.compiler.disable  # torch 2.13 compiles its bfloat16 backward into NaN, and it is mostly products
+@torch.compiler.disable  # torch 2.13 compiles its bfloat16 backward into NaN on some CPUs
 def blocked_attention(q, k, v, biases: list[torch.Tensor]) -> torch.Tensor:
     """Causal attention as plain matrix products over blocks of query rows, each against the keys up to its
     end.
@@ -321,11 +320,12 @@ def blocked_attention(q, k, v, biases: list[torch.Tensor]) -> torch.Tensor:
     K = k.shape[2]
     R = H // K
     q = (q * hd**-0.5).view(B, T, K, R, hd).transpose(1, 2).reshape(B, K, T * R, hd)
-    k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()  # (B, K, T, hd)
+    k = k.permute(0, 2, 3, 1).contiguous()  # (B, K, hd, T)
+    v = v.transpose(1, 2).contiguous()  # (B, K, T, hd)
     outputs = []
     for i, bias in enumerate(biases):
         start, rows, end = i * BLOCK, bias.shape[2], bias.shape[4]
-        scores = q[:, :, start * R : end * R] @ k[:, :, :end].mT  # (B, K, rows * R, end)
+        scores = q[:, :, start * R : end * R] @ k[..., :end]  # (B, K, rows * R, end)
         scores = scores.view(B, K, rows, R, end) + bias
         weights = torch.softmax(scores, dim=-1)  # accumulates in float32 inside
         outputs.append(weights.view(B, K, rows * R, end) @ v[:, :, :end])
@@ -522,10 +522,8 @@ class Block(nn.Module):
 # Loss over the vocabulary
 # ------------------------------------------------------------------------------------------------------------
 
-LOSS_CHUNK = {
-    "cpu": 128,
-    "other": 4096,
-}  # positions whose logits exist at once: in a CPU's cache; many on a GPU
+# Positions whose logits exist at the same time: few enough for a CPU's cache, many for a GPU.
+LOSS_CHUNK = {"cpu": 128, "other": 4096}
 LOSS_ROUND = 128  # their number is rounded up to a multiple of this: few shapes, so kernels are prepared once
 
 

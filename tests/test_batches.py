@@ -1,10 +1,20 @@
 """Which rows make up a step: every row once per epoch, the same rows for any number of processes."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from train_helpers import assert_bit_equal, flags, pretrain_file, sft_file, stage_module, train, weights
+from train_helpers import (
+    assert_bit_equal,
+    flags,
+    pretrain_file,
+    sft_file,
+    stage_module,
+    train,
+    weights,
+    write_lines,
+)
 
 from trainer import batches, checkpoint
 from trainer.progress import read_log
@@ -149,6 +159,11 @@ def test_the_fingerprint_changes_with_content_length_and_packing(tmp_path):
 
     known = fingerprint(first)
     assert known == fingerprint(again), "the path does not matter"
+    rows = [json.loads(line) for line in first.read_text(encoding="utf-8").splitlines()]
+    rows[-1]["conversations"][-1]["content"] = "another answer"
+    assert known != fingerprint(write_lines(tmp_path / "d", "sft.jsonl", rows)), (
+        "answers count, not only questions"
+    )
     assert known not in (fingerprint(other), fingerprint(first, 64), fingerprint(first, pack=False))
 
 

@@ -177,3 +177,36 @@ def test_data_is_found_in_the_usual_places(monkeypatch, tmp_path, capsys):
     assert cli.find_data(args, ["pretrain_hq.jsonl"], "pretrain.jsonl").endswith("dataset/pretrain_hq.jsonl")
     args.data_path = "mine.jsonl"
     assert cli.find_data(args, ["pretrain_hq.jsonl"], "pretrain.jsonl") == "mine.jsonl"
+
+
+def settled(*flags, device="cpu"):
+    args = cli.stage_parser("doc", max_seq_len=256).parse_args([str(flag) for flag in flags])
+    cli.settle(args, device)
+    return args
+
+
+def test_defaults_of_the_optimizers_follow_the_size_of_a_step():
+    large, small = settled("--batch_size", 16), settled("--batch_size", 4)
+    assert (large.learning_rate, large.muon_lr, large.muon_momentum) == (0.01, 0.02, 0.95)
+    assert (small.learning_rate, small.muon_lr) == (0.02, 0.005)
+    assert large.betas == pytest.approx((0.9, 0.99)) and small.betas == pytest.approx((0.6, 0.99))
+    assert small.muon_momentum == pytest.approx(0.8)
+    assert settled("--batch_size", 1).muon_lr == 0.005, "no further below 1,024 tokens"
+    assert settled("--batch_size", 2, "--accumulation_steps", 8).muon_lr == 0.02, (
+        "the step counts, not the batch"
+    )
+    adamw = settled("--batch_size", 4, "--optimizer", "adamw")
+    assert (adamw.learning_rate, adamw.betas) == (2e-3, pytest.approx((0.9, 0.99)))
+
+
+def test_what_is_given_stays():
+    args = settled("--batch_size", 4, "--learning_rate", 0.5, "--betas", "0.1,0.2", "--muon_lr", 0.3)
+    assert (args.batch_size, args.learning_rate, args.betas, args.muon_lr) == (4, 0.5, (0.1, 0.2), 0.3)
+
+
+def test_a_longer_run_by_the_clock_takes_larger_steps():
+    rows = [
+        settled("--preset", "tiny", "--max_minutes", minutes).batch_size for minutes in (0.1, 5, 60, 6000)
+    ]
+    assert rows == sorted(rows) and rows[0] == 4 and rows[-1] == 64 and rows[1] < rows[2]
+    assert settled().batch_size == 32 and settled(device="cuda").batch_size == 64

@@ -487,9 +487,8 @@ def why_gradients_differ(model, batch: dict, rt: Runtime) -> str | None:
         model.zero_grad(set_to_none=True)
         seen.append((loss.item(), norm.item()))
     (loss, norm), (compiled_loss, compiled_norm) = seen
-    if (
-        abs(compiled_loss - loss) <= 0.02 * abs(loss) and abs(compiled_norm - norm) <= 0.1 * norm
-    ):  # NaN: False
+    close = abs(compiled_loss - loss) <= 0.02 * abs(loss) and abs(compiled_norm - norm) <= 0.1 * norm
+    if close:  # False for NaN
         return None
     return (
         f"compiled, this torch gives loss {compiled_loss:.4g} and gradient norm {compiled_norm:.4g} where "
