@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from dataset.rows import DataError
+from trainer import tokenizer_report
 from trainer import train_tokenizer as stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +136,7 @@ def test_config_is_what_the_script_would_write():
 def test_every_digit_is_a_token_of_its_own(tokenizer, backend):
     ids = tokenizer("1234567890 3.14 ２０２６").input_ids
     assert [tokenizer.decode([i]) for i in ids[:10]] == list("1234567890")
-    for raw in stage.token_bytes(backend)[36:]:
+    for raw in tokenizer_report.token_bytes(backend)[36:]:
         text = raw.decode("utf-8", "ignore")
         assert sum(character.isdecimal() for character in text) <= 1, text
 
@@ -170,7 +171,7 @@ def test_hostile_text_round_trips(tokenizer, text):
 def test_any_text_round_trips_whole_and_streamed(tokenizer, backend, text):
     ids = backend.encode(text, add_special_tokens=False).ids
     assert backend.decode(ids, skip_special_tokens=False) == text
-    assert "".join(stage.stream_text(ids, stage.token_bytes(backend))) == text
+    assert "".join(tokenizer_report.stream_text(ids, tokenizer_report.token_bytes(backend))) == text
     assert tokenizer(text).input_ids == ids
 
 
@@ -178,13 +179,13 @@ def test_streaming_never_shows_half_a_character(backend):
     text = "字节🙂𠮷é"
     ids = backend.encode(text).ids
     assert len(ids) > len(text)  # some characters need several tokens, else this test shows nothing
-    pieces = list(stage.stream_text(ids, stage.token_bytes(backend)))
+    pieces = list(tokenizer_report.stream_text(ids, tokenizer_report.token_bytes(backend)))
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_streaming_of_a_cut_character_ends_in_one_replacement(backend):
     ids = backend.encode("🙂").ids
-    assert "".join(stage.stream_text(ids[:-1], stage.token_bytes(backend))) == "\ufffd"
+    assert "".join(tokenizer_report.stream_text(ids[:-1], tokenizer_report.token_bytes(backend))) == "\ufffd"
 
 
 def test_text_of_users_need_not_become_reserved_tokens(tokenizer):
@@ -204,8 +205,8 @@ def test_text_of_users_need_not_become_reserved_tokens(tokenizer):
 def test_compression_of_the_built_in_samples(backend):
     """Far below these, somebody changed the vocabulary by mistake."""
     floor = {"Chinese": 3.0, "English": 3.1, "code": 2.3, "digits": 1.0}
-    for name, texts in stage.SAMPLES.items():
-        row = stage.measure(backend, texts)
+    for name, texts in tokenizer_report.SAMPLES.items():
+        row = tokenizer_report.measure(backend, texts)
         assert row["bytes_per_token"] >= floor[name] and row["round_trip"] and row["streaming"]
 
 
