@@ -435,8 +435,8 @@ def _receive(stream):
     data = stream.read(size)
     if len(data) < size:
         raise EOFError
-    # Safe: the other end of this anonymous pipe is the process that started us, or one that we started, and what
-    # it pickled are its own objects. Nothing from a file or a network is ever unpickled; data files are JSON.
+    # Safe: at the other end of this anonymous pipe is the process that started us, or one that we started.
+    # Nothing from a file or a network is ever unpickled; data files are JSON.
     return pickle.loads(data)
 
 
