@@ -141,15 +141,16 @@ def cpu_share(result: dict, threads: int, cpu="cpu_seconds", wall="wall_seconds"
 # --------------------------------------------------------------------------------------------------
 
 
-def split_text(data_path: Path, folder: Path, val_fraction: float) -> tuple[Path, Path]:
-    """Write train.jsonl and val.jsonl. The hash of its text holds a document out: copies stay together."""
+def split_text(data_path: Path, folder: Path, val_fraction: float, seed: int = 0) -> tuple[Path, Path]:
+    """Write train.jsonl and val.jsonl. The hash of its text holds a document out: copies stay together.
+    Another seed holds others out, for figures on text that no setting was chosen by."""
     if not data_path.is_file():
         raise BenchError(
             f"--data_path {data_path} does not exist: give a .jsonl file of {{'text': ...}} lines"
         )
     stat = data_path.stat()
     key = hashlib.sha256(
-        f"{data_path.resolve()} {stat.st_size} {stat.st_mtime_ns} {val_fraction}".encode()
+        f"{data_path.resolve()} {stat.st_size} {stat.st_mtime_ns} {val_fraction} {seed}".encode()
     ).hexdigest()[:12]
     folder = folder / f"split_{key}"
     train_path, val_path = folder / "train.jsonl", folder / "val.jsonl"
@@ -165,7 +166,7 @@ def split_text(data_path: Path, folder: Path, val_fraction: float) -> tuple[Path
                     continue
                 try:
                     text = json.loads(line)["text"]
-                    digest = hashlib.sha256(text.encode()).digest()
+                    digest = hashlib.sha256((f"{seed} " * bool(seed) + text).encode()).digest()
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise BenchError(f"{data_path}:{number}: not a {{'text': '...'}} line") from None
                 held_out = int.from_bytes(digest[:8], "big") < val_fraction * 2**64
@@ -187,7 +188,7 @@ def split_text(data_path: Path, folder: Path, val_fraction: float) -> tuple[Path
 
 
 def bench_train(args) -> dict:
-    train_path, val_path = split_text(args.data_path, args.out_dir, args.val_fraction)
+    train_path, val_path = split_text(args.data_path, args.out_dir, args.val_fraction, args.split_seed)
     args.train_path, args.val_path = train_path.resolve(), val_path.resolve()
     args.shape, machine = describe(args)
     args.machine = machine
@@ -904,6 +905,7 @@ def add_train_flags(parser):
         ("data_path", Path, None, "required: .jsonl file with a 'text' per line"),
         ("contenders", names, None, f"A,B from {', '.join(NAMES)}; without it all that can run"),
         ("val_fraction", fraction, 0.01, "share of the documents held out"),
+        ("split_seed", int, 0, "which documents are held out"),
         ("val_bytes", positive_int, 400_000, "bytes of held-out text to score"),
         ("max_seq_len", positive_int, 340, "tokens in a row of the peers (MiniMind's default)"),
     )

@@ -114,6 +114,9 @@ def test_split_keeps_copies_together_and_writes_every_document_once(text_file, t
     segments, is_first = contenders.validation_segments(val, max_bytes=60, total_bytes=2000)
     assert 2000 <= sum(len(s.encode()) for s in segments) < 2060 and any(is_first) and not all(is_first)
     assert bench.split_text(text_file, tmp_path / "out", 0.2) == (train, val)
+    other, other_val = bench.split_text(text_file, tmp_path / "out", 0.2, seed=1)
+    assert other_val.read_text(encoding="utf-8") != val.read_text(encoding="utf-8")
+    assert other.read_text(encoding="utf-8") != train.read_text(encoding="utf-8")
 
 
 def test_a_bad_line_is_named(tmp_path):

@@ -7,7 +7,16 @@ import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer.optim import JORDAN, Muon, build_optimizers, lr_factor, orthogonalise, set_lr, split_parameters
+from trainer.optim import (
+    JORDAN,
+    THREE_STEPS,
+    Muon,
+    build_optimizers,
+    lr_factor,
+    orthogonalise,
+    set_lr,
+    split_parameters,
+)
 
 
 def tiny_model(**fields):
@@ -54,9 +63,21 @@ def test_blocks_of_rows_are_orthogonalised_by_themselves():
     """Along the shorter side, whatever its direction; a side that the block does not divide stays whole."""
     G = torch.randn(2, 8, 20, dtype=torch.float64)
     blocks = torch.cat([orthogonalise(G[:, :4]), orthogonalise(G[:, 4:])], dim=1)
-    torch.testing.assert_close(orthogonalise(G, block_rows=4), blocks)
-    torch.testing.assert_close(orthogonalise(G.mT, block_rows=4), blocks.mT)
-    torch.testing.assert_close(orthogonalise(G, block_rows=3), orthogonalise(G))
+    torch.testing.assert_close(orthogonalise(G, block=4), blocks)
+    torch.testing.assert_close(orthogonalise(G.mT, block=4), blocks.mT)
+    torch.testing.assert_close(orthogonalise(G, block=3), orthogonalise(G))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 96), (3, 96, 32), (2, 40, 40)])
+@pytest.mark.parametrize("block", [0, 8])
+def test_float32_multiplies_the_factors_first_and_ends_where_the_iteration_does(shape, block):
+    """float64 takes the steps one by one. Most singular values here are a ten thousandth of the largest."""
+    torch.manual_seed(2)
+    n, rows, cols = shape
+    G = torch.randn(n, rows, 3) @ torch.randn(n, 3, cols) + 1e-4 * torch.randn(shape)
+    for coefficients in (THREE_STEPS, JORDAN):
+        exact = orthogonalise(G.double(), coefficients, block)
+        torch.testing.assert_close(orthogonalise(G, coefficients, block).double(), exact, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 48)])

@@ -309,7 +309,7 @@ def steps_for_minutes(dataset, args, rt, update, undo, validate=None) -> tuple[i
     # The first step compiles and warms up; the median of the others is not moved by a hiccup.
     seconds = float(np.median([seconds for _, seconds in made[1:] or made]))
     seconds += validation / args.val_interval if args.val_interval else 0.0
-    left = budget - (time.monotonic() - rt.started) - validation - 0.02 * budget  # saves and the curve
+    left = budget - (time.monotonic() - rt.started) - validation - max(1.3, 0.02 * budget)  # saves, the curve
     more = runtime.broadcast(max(1, int(left / max(seconds, 1e-9))), rt)
     if not same_start(len(made), guess, len(made) + more, len(dataset), args):
         undo()

@@ -11,6 +11,8 @@ Light on purpose: nothing here imports torch before training starts, so `--help`
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import math
 import os
 import re
@@ -395,7 +397,7 @@ def stage_parser(doc: str, **defaults) -> StageParser:
     )
     add(
         g,
-        "--muon_block_rows",
+        "--muon_block",
         type=count,
         metavar="ROWS",
         help="orthogonalise blocks of so many rows, for a fraction of the cost; 0 = whole matrices; "
@@ -559,7 +561,7 @@ def settle(args, device_type: str):
         "betas": (1 - 0.1 / size, 0.99),
         "muon_lr": 0.02 * size,
         "muon_momentum": 1 - 0.05 / size,
-        "muon_block_rows": 128 if device_type == "cpu" else 0,
+        "muon_block": 128 if device_type == "cpu" else 0,
     }
     for name, value in defaults.items():
         if getattr(args, name, value) is None:
@@ -594,7 +596,7 @@ def build_optimizers(model, args, rt) -> list:
         args.weight_decay,
         args.betas,
         args.muon_momentum,
-        args.muon_block_rows,
+        args.muon_block,
         ns_dtype,
     )
 
@@ -629,6 +631,10 @@ def run(main, parse_args, argv=None):
     """What a stage's `if __name__ == "__main__"` calls: errors a user can mend become one line on stderr
     and exit code 2, everything else keeps its traceback. Ctrl-C before training ends with 130; during
     training it is not an error (see runtime.catch_signals)."""
+    # A million objects come with torch and stay: looking for garbage among them takes half a second of the
+    # imports and most of a second at the end.
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
     args = parse_args(argv)
     try:
         main(args)

@@ -25,30 +25,50 @@ THREE_STEPS = (
 )
 
 
-def orthogonalise(matrices: torch.Tensor, coefficients=THREE_STEPS, block_rows: int = 0) -> torch.Tensor:
+def orthogonalise(matrices: torch.Tensor, coefficients=THREE_STEPS, block: int = 0) -> torch.Tensor:
     """The approximate U V^T of G = U S V^T, for a stack of matrices (n, rows, cols), in the dtype given.
 
-    Newton-Schulz iteration: each step X <- a X + (b A + c A^2) X with A = X X^T maps every singular value s
-    to a s + b s^3 + c s^5, towards 1. Near 1 is exact enough, and it needs only matrix products.
+    Newton-Schulz iteration on the shorter side, here for a wide matrix: each step X <- P X with
+    P = a I + b A + c A^2, A = X X^T maps every singular value s to a s + b s^3 + c s^5, towards 1. Near 1 is
+    exact enough, and it needs only matrix products. In float32 the factors P are multiplied with each other
+    first and meet the long side of X once, at the end: A of the next step is P A P. In bfloat16 that would
+    lose the small singular values, of which A holds the squares.
 
-    block_rows: cut each matrix along its shorter side into blocks of so many rows and orthogonalise each by
-    itself (as MuonBP does between its full steps, Khaled et al. 2025, https://arxiv.org/abs/2510.16981),
-    which costs a fraction; 0, or a side that it does not divide: whole matrices.
+    block: cut each matrix along its shorter side into blocks of so many rows (columns if it is tall) and
+    orthogonalise each by itself (as MuonBP does between its full steps, Khaled et al. 2025,
+    https://arxiv.org/abs/2510.16981), which costs a fraction; 0, or a side it does not divide: whole
+    matrices.
     """
-    X = matrices
-    tall = X.shape[-2] > X.shape[-1]
+    n, rows, cols = matrices.shape
+    tall = rows > cols
+    if not block or min(rows, cols) % block:
+        block = min(rows, cols)
     if tall:
-        X = X.mT
-    whole = X.shape
-    if block_rows and whole[-2] % block_rows == 0:
-        X = X.reshape(-1, block_rows, whole[-1])
+        X = matrices.reshape(n, rows, -1, block).transpose(1, 2).reshape(-1, rows, block)
+    else:
+        X = matrices.reshape(-1, block, cols)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+
+    def times(P, X):
+        return X @ P if tall else P @ X  # P is symmetric
+
+    A = P = product = None
     for a, b, c in coefficients:
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
-    X = X.view(whole)
-    return X.mT if tall else X
+        if product is None:
+            A = X.mT @ X if tall else X @ X.mT
+        else:
+            A = P @ A @ P
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        if X.dtype == torch.float32:
+            product = P if product is None else P @ product
+        else:
+            X = times(P, X)
+    if product is not None:
+        X = times(product, X)
+    return (
+        X.view(n, -1, rows, block).transpose(1, 2).reshape(n, rows, cols) if tall else X.view(n, rows, cols)
+    )
 
 
 class Muon(torch.optim.Optimizer):
@@ -66,11 +86,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay=0.0,
         ns_dtype=torch.float32,
         coefficients=THREE_STEPS,
-        block_rows=0,
+        block=0,
     ):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(params, defaults)
-        self.ns_dtype, self.coefficients, self.block_rows = ns_dtype, coefficients, block_rows
+        self.ns_dtype, self.coefficients, self.block = ns_dtype, coefficients, block
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -92,7 +112,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(bufs, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, bufs, group["momentum"])
         stack = torch.stack([u.to(self.ns_dtype) for u in updates])
-        update = orthogonalise(stack, self.coefficients, self.block_rows)
+        update = orthogonalise(stack, self.coefficients, self.block)
         scale = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -126,7 +146,7 @@ def build_optimizers(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.99),
     muon_momentum: float = 0.95,
-    muon_block_rows: int = 0,
+    muon_block: int = 0,
     ns_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """`muon`: [AdamW for embeddings, head, router and vectors; Muon for hidden matrices]; `adamw`: [AdamW for
@@ -137,7 +157,7 @@ def build_optimizers(
     hidden, other, vectors = split_parameters(model)
     if name == "muon":
         groups = [dict(params=other + vectors, weight_decay=0.0)]
-        settings = dict(weight_decay=weight_decay, ns_dtype=ns_dtype, block_rows=muon_block_rows)
+        settings = dict(weight_decay=weight_decay, ns_dtype=ns_dtype, block=muon_block)
         muon = [Muon(hidden, muon_lr, muon_momentum, **settings)] if hidden else []
     elif name == "adamw":
         groups = [
