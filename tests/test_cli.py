@@ -179,8 +179,8 @@ def test_data_is_found_in_the_usual_places(monkeypatch, tmp_path, capsys):
     assert cli.find_data(args, ["pretrain_hq.jsonl"], "pretrain.jsonl") == "mine.jsonl"
 
 
-def settled(*flags, device="cpu"):
-    args = cli.stage_parser("doc", max_seq_len=256).parse_args([str(flag) for flag in flags])
+def settled(*flags, device="cpu", rows=256):
+    args = cli.stage_parser("doc", max_seq_len=rows).parse_args([str(flag) for flag in flags])
     cli.settle(args, device)
     return args
 
@@ -210,3 +210,16 @@ def test_a_longer_run_by_the_clock_takes_larger_steps():
     ]
     assert rows == sorted(rows) and rows[0] == 4 and rows[-1] == 64 and rows[1] < rows[2]
     assert settled().batch_size == 32 and settled(device="cuda").batch_size == 64
+
+
+def test_small_steps_are_made_of_short_rows():
+    def shape(*flags, **options):
+        args = settled(*flags, rows=None, **options)
+        return args.batch_size, args.max_seq_len
+
+    assert shape("--preset", "tiny", "--max_minutes", 0.1) == (16, 64)
+    batch_size, long_row = shape("--preset", "tiny", "--max_minutes", 600)
+    assert long_row == 340 and batch_size > 16
+    assert shape("--max_minutes", 0.1, device="cuda")[1] == 340, "a GPU makes large steps"
+    assert shape() == (24, 340) and shape("--batch_size", 4, "--max_minutes", 0.1) == (4, 340)
+    assert shape("--max_seq_len", 512, "--max_minutes", 0.1) == (2, 512), "what is given stays"

@@ -244,7 +244,19 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         metavar="STEPS",
         help="steps between validations, 0 = at the end",
     )
-    add(g, "--max_seq_len", type=number_type(int, low=8), default=512, metavar="T", help="tokens in a row")
+    add(
+        g,
+        "--max_seq_len",
+        type=number_type(int, low=8),
+        default=512,
+        metavar="T",
+        help="tokens in a row"
+        + (
+            "; without it 340, less in a CPU run of few --max_minutes"
+            if defaults.get("max_seq_len", 0) is None
+            else ""
+        ),
+    )
     add(
         g,
         "--pack",
@@ -540,20 +552,25 @@ NOMINAL_CPU_FLOPS = 1.5e11  # a small CPU in training; a constant, so that a com
 
 
 def settle(args, device_type: str):
-    """Fill in the flags whose defaults depend on others: rows per batch, the optimizers' rates and averages.
+    """Fill in the flags whose defaults depend on others: rows and their length, the optimizers' rates and
+    averages.
 
     Small steps learn faster per token as long as a run is short. For a CPU run by --max_minutes the step has
     2.8 sqrt(expected tokens) tokens, at least 1,024: a fit to the best of a few runs between 0.1 and 2.5
-    million tokens. So a run of small steps is a run of few steps, and between 1,024 and 4,096 tokens its
-    optimizers average over fewer of them, Muon's rate is lower, and the embeddings' higher: they have fewer
-    steps to reach their place.
+    million tokens. Neighbours in a text resemble each other, so a small step learns more from 16 short
+    rows of many documents than from 3 long ones. And a run of small steps is a run of few steps: between
+    1,024 and 4,096 tokens its optimizers average over fewer of them, Muon's rate is lower, and the
+    embeddings' higher: they have fewer steps to reach their place.
     """
+    row = args.max_seq_len or 340  # MiniMind's length
     if args.batch_size is None:
         tokens = 16384 if device_type != "cpu" else 8192
         if device_type == "cpu" and args.max_minutes:
-            expected = args.max_minutes * 60 * NOMINAL_CPU_FLOPS / flops_of_a_token(args)
+            expected = args.max_minutes * 60 * NOMINAL_CPU_FLOPS / flops_of_a_token(args, row)
             tokens = min(16384, max(1024, 2.8 * expected**0.5))
-        args.batch_size = max(1, round(tokens / args.max_seq_len))
+            row = args.max_seq_len or min(row, max(64, int(tokens / 16) // 64 * 64))
+        args.batch_size = max(1, round(tokens / row))
+    args.max_seq_len = row
     tokens = args.batch_size * args.accumulation_steps * args.max_seq_len
     size = min(1.0, max(0.25, tokens / 4096)) if args.optimizer == "muon" else 1.0
     defaults = {
@@ -568,7 +585,7 @@ def settle(args, device_type: str):
             setattr(args, name, value)
 
 
-def flops_of_a_token(args) -> float:
+def flops_of_a_token(args, max_seq_len: int) -> float:
     """Training FLOPs per token of the model that the flags describe."""
     import torch
 
@@ -577,7 +594,7 @@ def flops_of_a_token(args) -> float:
     config = model_config(args)
     with torch.device("meta"):
         active = count_parameters(MiniMindLM(config))[1]
-    return flops_per_token(config, args.max_seq_len, active)
+    return flops_per_token(config, max_seq_len, active)
 
 
 def build_optimizers(model, args, rt) -> list:

@@ -64,7 +64,7 @@ def parse_args(argv=None):
         __doc__,
         save_weight="pretrain",
         wandb_project="MiniMind-Pretrain",
-        max_seq_len=340,
+        max_seq_len=None,  # see cli.settle
         default_data="dataset/pretrain_t2t_mini.jsonl or pretrain_hq.jsonl, else the embedded curriculum",
     )
     return parser.parse_args(argv)
