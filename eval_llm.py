@@ -125,7 +125,7 @@ def parse_args(argv=None):
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16", "int8"),
-        help="auto = bfloat16 where the hardware multiplies it, else float32; int8 = 8-bit "
+        help="auto = bfloat16 where this machine multiplies it faster, else float32; int8 = 8-bit "
         "weights, fastest for one talk on a CPU",
     )
 
@@ -331,7 +331,7 @@ class Transformers:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(args.load_from)
             model = AutoModelForCausalLM.from_pretrained(args.load_from, dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # each format of weights has errors of its own
             reason = str(error).strip().splitlines()[0]
             raise checkpoint.CheckpointError(f"{args.load_from} could not be loaded: {reason}") from None
         self.model = model.eval().to(device)
@@ -529,9 +529,6 @@ def chat(talk: Talk):
 
 
 def main(args):
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says
     talk = Talk(load(args), args)
     fixed = TEXT_PROMPTS if talk.model.is_base else CHAT_PROMPTS
     wrong = 0

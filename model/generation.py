@@ -575,7 +575,7 @@ class Generator:
     Args:
         model: a MiniMindLM, dense or mixture. It may go on training: changed parameters are noticed
             at the next call (`refresh()` does it at once, and is needed after writing to `parameter.data`).
-        dtype: "auto" = bfloat16 where the processor multiplies it natively, else float32; "int8" = 8-bit
+        dtype: "auto" = bfloat16 where this machine multiplies it faster, else float32; "int8" = 8-bit
             weights.
         max_rows: rows in flight at once; more are done in turns.
         prefill_tokens: prompt tokens read at once: bounds memory, and what fits the cache is faster.

@@ -367,7 +367,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * self.head_dim, bias=False)
         self.v_proj = nn.Linear(D, K * self.head_dim, bias=False)
         self.o_proj = nn.Linear(H * self.head_dim, D, bias=False)
-        self.o_proj.writes_residual = True  # see MiniMindForCausalLM._init_weights
+        self.o_proj.writes_residual = True  # see MiniMindLM._init_weights
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -617,16 +617,14 @@ class MiniMindModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryTable(config)
-        self.run_block = (
-            Block.forward
-        )  # replaced by its compiled form in `MiniMindForCausalLM.compile_blocks`
+        self.run_block = Block.forward  # replaced by its compiled form in `MiniMindLM.compile_blocks`
         self.gradient_checkpointing = False
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None
     ):
         """-> hidden states (B, T, D), balance loss (scalar: mean over layers, not yet multiplied by its
-        coefficient, or None), expert load (layers, E) or None. See MiniMindForCausalLM.forward for the
+        coefficient, or None), expert load (layers, E) or None. See MiniMindLM.forward for the
         arguments."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         device = x.device

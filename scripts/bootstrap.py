@@ -52,6 +52,10 @@ def venv_python() -> Path:
     return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
+def has_pip(python: Path) -> bool:
+    return subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode == 0
+
+
 def pip_install(python: Path, *args: str):
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", *args]
     if subprocess.run(command, cwd=ROOT).returncode:
@@ -75,7 +79,7 @@ def ensure(requirements: str):
     inside = Path(sys.prefix).resolve() == VENV.resolve()
     if not inside:
         python = venv_python()
-        if not python.exists():
+        if not (python.exists() and has_pip(python)):  # or its making was interrupted
             print(f"making {VENV.name} in {ROOT.name}", flush=True)
             venv.EnvBuilder(with_pip=True, clear=VENV.exists()).create(VENV)
     else:
@@ -99,8 +103,10 @@ def ensure(requirements: str):
 def rerun(python: Path):
     """Run the same command with another interpreter, and end with its exit code."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")}
-    try:
-        code = subprocess.run([str(python), *sys.argv], env=env).returncode
-    except KeyboardInterrupt:
-        code = 130
-    raise SystemExit(code)
+    env["PYTHONUTF8"] = "1"  # Chinese into a file, whatever the locale says
+    child = subprocess.Popen([str(python), *sys.argv], env=env)
+    while True:
+        try:
+            raise SystemExit(child.wait())
+        except KeyboardInterrupt:  # the child got it too, and decides
+            pass

@@ -187,4 +187,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    from trainer import cli
+
+    cli.run(main, parse_args)

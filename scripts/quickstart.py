@@ -98,7 +98,16 @@ def run_script(*command: str):
     fails."""
     shown = " ".join(str(c) for c in command)
     print(f"\n$ python {shown}", flush=True)
-    code = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=ROOT).returncode
+    child = subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=ROOT)
+    interrupted = False
+    while True:
+        try:
+            code = child.wait()
+            break
+        except KeyboardInterrupt:  # the child got it too: let it finish its step and save
+            interrupted = True
+    if interrupted:
+        raise SystemExit(130)
     if code:
         raise SystemExit(f"stopped: python {shown} ended with code {code}")
 
@@ -232,7 +241,8 @@ def report(ledgers: list[dict]) -> str:
             lines.append(f"- {who}: {message['content']}")
         lines.append("")
     lines += ["## Curves", ""]
-    lines += [f"![{name}]({name}_curve.png)" for name in first["stages"]]
+    folder = "" if len(ledgers) == 1 else f"seed{first['seed']}/"
+    lines += [f"![{name}]({folder}{name}_curve.png)" for name in first["stages"]]
     return "\n".join(lines) + "\n"
 
 
@@ -240,11 +250,17 @@ def write_json(path: Path, content):
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def parse_args(argv=None):
     keep_layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_layout)
     parser.add_argument("--seed", type=int, default=42, help="of curriculum and training (default: 42)")
-    parser.add_argument("--seeds", metavar="A,B,C", help="several runs: mean and spread of every number")
+    parser.add_argument(
+        "--seeds", metavar="A,B,C", type=integers, help="several runs: mean and spread of all"
+    )
     default = ROOT / "out" / "quickstart"
     parser.add_argument("--out_dir", type=Path, default=default, help="(default: out/quickstart)")
     return parser.parse_args(argv)
@@ -253,7 +269,7 @@ def parse_args(argv=None):
 def main(args):
     bootstrap.ensure("requirements.txt")
     out = args.out_dir.resolve()
-    seeds = [int(s) for s in args.seeds.split(",")] if args.seeds else [args.seed]
+    seeds = args.seeds or [args.seed]
     ledgers = []
     for seed in seeds:
         folder = out if len(seeds) == 1 else out / f"seed{seed}"
@@ -269,9 +285,12 @@ def main(args):
     where = relative(out)
     print(f"The ledger: {where}/report.md, {where}/ledger.json; curves and weights beside them.")
     print("Next, talk to it yourself, then train on your own text:")
-    print(f"  python eval_llm.py --weight full_sft --save_dir {where} --hidden_size {HIDDEN}")
+    print(f"  python eval_llm.py --weight full_sft --save_dir {relative(folder)} --hidden_size {HIDDEN}")
     print("  python trainer/train_pretrain.py --data_path my_text.jsonl --max_minutes 60")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -212,6 +212,19 @@ def test_a_longer_run_by_the_clock_takes_larger_steps():
     assert settled().batch_size == 32 and settled(device="cuda").batch_size == 64
 
 
+def test_default_rows_can_be_shared_by_processes():
+    for device in ("cpu", "cuda"):
+        for rows in (340, 512, 768, 1024):
+            assert settled(device=device, rows=rows).batch_size % 8 == 0
+    for minutes in (0.1, 1, 10):
+        assert settled("--preset", "tiny", "--max_minutes", minutes, rows=768).batch_size % 2 == 0
+
+
+def test_a_full_disk_is_one_line_wherever_it_shows():
+    assert cli.is_for_the_user(OSError(28, "No space left on device"))
+    assert not cli.is_for_the_user(OSError(9, "Bad file descriptor"))
+
+
 def test_small_steps_are_made_of_short_rows():
     def shape(*flags, **options):
         args = settled(*flags, rows=None, **options)
@@ -221,5 +234,5 @@ def test_small_steps_are_made_of_short_rows():
     batch_size, long_row = shape("--preset", "tiny", "--max_minutes", 600)
     assert long_row == 340 and batch_size > 16
     assert shape("--max_minutes", 0.1, device="cuda")[1] == 340, "a GPU makes large steps"
-    assert shape() == (24, 340) and shape("--batch_size", 4, "--max_minutes", 0.1) == (4, 340)
+    assert shape() == (24, 340) and shape("--batch_size", 4, "--max_minutes", 0.1) == (4, 64)
     assert shape("--max_seq_len", 512, "--max_minutes", 0.1) == (2, 512), "what is given stays"

@@ -244,3 +244,13 @@ def test_the_resume_command_is_the_typed_one(monkeypatch, tmp_path):
     assert progress.resume_command(args) == expected
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert progress.resume_command(args).startswith("torchrun --nproc_per_node 2 ")
+
+
+def test_the_next_command_holds_only_flags_that_it_knows(tmp_path):
+    args = SimpleNamespace(
+        preset="tiny", hidden_size=64, num_attention_heads=4, dropout=0.1, save_dir=tmp_path / "a b"
+    )
+    everything = progress.same_model_flags(args)
+    assert "--preset tiny" in everything and "--num_attention_heads 4" in everything
+    known = progress.same_model_flags(args, known=["preset", "hidden_size"])
+    assert known == f" --preset tiny --hidden_size 64 --save_dir '{tmp_path}/a b'"

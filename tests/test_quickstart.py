@@ -32,6 +32,12 @@ def test_the_report_of_one_run_shows_before_and_after():
     assert "never asked: +40.0" in text and "**MiniMind**: Hello!" in text
 
 
+def test_a_platform_that_tells_no_peak_memory_gets_its_report():
+    without = ledger(1, 0.9)
+    without["stages"]["pretrain"]["peak_memory_gb"] = None
+    assert "| 0.0 GB |" in quickstart.report([without])
+
+
 def test_the_report_of_several_runs_shows_mean_and_spread():
     text = quickstart.report([ledger(1, 0.9), ledger(2, 1.0)])
     assert "**95.0 % ± 7.1 %**" in text and "Seeds: 1, 2." in text

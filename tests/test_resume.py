@@ -133,6 +133,35 @@ def test_epochs_of_a_length_that_fits_no_step_resume_too(tmp_path, monkeypatch):
     assert_bit_equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
 
 
+def test_a_measured_compute_type_stays_that_of_the_first_part(tmp_path, monkeypatch, capsys):
+    """--dtype auto times products on a CPU; another answer tomorrow must not change the run."""
+    from trainer import runtime
+
+    monkeypatch.setattr(runtime, "prefers_bfloat16", lambda device: True)
+    train("pretrain", tmp_path / "whole", "--dtype", "auto")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        train("pretrain", tmp_path / "broken", "--dtype", "auto")
+    monkeypatch.setattr(runtime, "prefers_bfloat16", lambda device: False)
+    train("pretrain", tmp_path / "broken", "--dtype", "auto", "--from_resume", 1)
+    assert "will not be bit-equal" not in capsys.readouterr().out
+    assert_bit_equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+
+
+def test_a_continued_run_keeps_what_its_first_part_settled_on(tmp_path, monkeypatch):
+    """Rows, their length and the number of steps may follow from --max_minutes, which is not given again."""
+    from trainer import cli, train_pretrain
+
+    train("pretrain", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        train("pretrain", tmp_path / "broken")
+    words, dropped = flags("pretrain", tmp_path / "broken"), {"--batch_size", "--max_seq_len", "--max_steps"}
+    words = [w for i, w in enumerate(words) if w not in dropped and (i == 0 or words[i - 1] not in dropped)]
+    cli.run(train_pretrain.main, train_pretrain.parse_args, [*words, "--from_resume", "1"])
+    assert_bit_equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+
+
 @pytest.mark.slow
 def test_a_compiled_run_resumes_bit_equal_and_stays_compiled(tmp_path, monkeypatch, capsys):
     from trainer import batches
@@ -183,6 +212,7 @@ def test_a_new_run_says_that_it_will_replace_an_old_one(tmp_path, capsys):
         (["--max_steps", 9], "steps .* 6 -> 9"),
         (["--max_seq_len", 40], "--max_seq_len 48 -> 40.*training data"),
         (["--dropout", 0.2], "--dropout 0.0 -> 0.2"),
+        (["--inference_rope_scaling", 1], "rotary positions .*default.* -> .*yarn"),
         (["--num_hidden_layers", 3], "--num_hidden_layers 2 -> 3"),
         (["--betas", "0.9,0.95"], "--betas"),
         (["--val_fraction", 0.4], "training data .* -> "),

@@ -304,12 +304,14 @@ def steps_for_minutes(dataset, args, rt, update, undo, validate=None) -> tuple[i
         if runtime.total(int(enough), rt):
             break
     if rt.stopping:
+        rt.print("stopped while the first steps were timed; nothing was saved")
         raise KeyboardInterrupt
     validation = timed(validate)[1] if validate else 0.0
     # The first step compiles and warms up; the median of the others is not moved by a hiccup.
     seconds = float(np.median([seconds for _, seconds in made[1:] or made]))
     seconds += validation / args.val_interval if args.val_interval else 0.0
-    left = budget - (time.monotonic() - rt.started) - validation - max(1.3, 0.02 * budget)  # saves, the curve
+    left = budget - (time.monotonic() - rt.started) - validation
+    left -= 1.5 + 0.015 * budget  # saves, the curve, the end of the process
     more = runtime.broadcast(max(1, int(left / max(seconds, 1e-9))), rt)
     if not same_start(len(made), guess, len(made) + more, len(dataset), args):
         undo()
@@ -317,7 +319,8 @@ def steps_for_minutes(dataset, args, rt, update, undo, validate=None) -> tuple[i
     steps = len(made) + more
     rt.print(
         f"{steps} steps of {seconds:.3g} s fit into {args.max_minutes:g} minutes; the same run again: "
-        f"--max_steps {steps} --batch_size {args.batch_size} --use_compile {args.use_compile}"
+        f"--max_steps {steps} --batch_size {args.batch_size} --max_seq_len {args.max_seq_len} "
+        f"--use_compile {args.use_compile}"
     )
     return steps, made
 

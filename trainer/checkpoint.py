@@ -17,6 +17,7 @@ import hashlib
 import os
 import pickle
 import shutil
+import struct
 import time
 import zipfile
 import zlib
@@ -147,7 +148,11 @@ def read_file(path: Path) -> dict:
         EOFError,
         ValueError,
         KeyError,
+        IndexError,
+        TypeError,
+        AssertionError,
         AttributeError,
+        struct.error,
         zipfile.BadZipFile,
         OSError,
     ) as error:
@@ -512,6 +517,7 @@ def save(model, optimizers, args, rt, run: dict, log, **extra):
         },
         "config": plain_config(model.config),
         "dtype": str(rt.dtype),
+        "device": rt.device.type,
         "world_size": rt.world_size,
         "run": run,
         "log": log_state,
@@ -541,6 +547,8 @@ def find_resume(args, config, tokenizer, data: str, num_rows: int, rt) -> dict |
     A run by --max_minutes goes on with the number of steps that its time was turned into (args.max_steps is
     set).
     """
+    import torch
+
     from trainer import batches
 
     path = resume_path(args, config)
@@ -587,9 +595,25 @@ def find_resume(args, config, tokenizer, data: str, num_rows: int, rt) -> dict |
             f"processes: {content['world_size']} -> {rt.world_size}; the rows of every step stay the same, "
             "sums may differ in the last digits"
         )
+    if content.get("device") == rt.device.type == "cpu" and args.dtype == "auto":
+        rt.dtype = getattr(torch, content["dtype"].removeprefix("torch."))  # measured, it might differ today
     if content["dtype"] != str(rt.dtype):
         rt.print(f"compute type: {content['dtype']} -> {rt.dtype}; the continuation will not be bit-equal")
     return content
+
+
+def settings_of_resume(args) -> dict:
+    """The flags of the run that --from_resume 1 would continue; {} when there is none, or none that can be
+    read (`find_resume` says so)."""
+    from trainer.cli import model_config
+
+    path = resume_path(args, model_config(args))
+    if not path.exists():
+        return {}
+    try:
+        return read_file(path).get("settings", {})
+    except CheckpointError:
+        return {}
 
 
 def changed_settings(content: dict, args, config, run: dict) -> list[str]:
@@ -606,6 +630,7 @@ def changed_settings(content: dict, args, config, run: dict) -> list[str]:
     for field in ARCHITECTURE_FIELDS + ("dropout", "router_aux_loss_coef"):
         if field not in MOE_FIELDS or config.use_moe:
             compare(f"--{field}", theirs.get(field), mine.get(field))
+    compare("rotary positions", theirs.get("rope_parameters"), mine.get("rope_parameters"))
     compare(
         "rows per step (--batch_size x --accumulation_steps)",
         old["batch_size"] * old["accumulation_steps"],

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import gc
 import math
 import os
@@ -210,6 +211,14 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         if default is not ABSENT:
             group.add_argument(*names, default=default, **options)
 
+    def settled(name, text):
+        """Help of a flag whose default `settle` finds, unless this stage has one of its own."""
+        return (
+            f"; without it {text}"
+            if defaults.get(name, ABSENT if name == "max_seq_len" else None) is None
+            else ""
+        )
+
     g = parser.add_argument_group("data")
     add(
         g,
@@ -250,12 +259,7 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         type=number_type(int, low=8),
         default=512,
         metavar="T",
-        help="tokens in a row"
-        + (
-            "; without it 340, less in a CPU run of few --max_minutes"
-            if defaults.get("max_seq_len", 0) is None
-            else ""
-        ),
+        help="tokens in a row" + settled("max_seq_len", "340, less in a CPU run of few --max_minutes"),
     )
     add(
         g,
@@ -343,15 +347,19 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         "--learning_rate",
         type=positive_float,
         metavar="LR",
-        help="peak rate of AdamW; without it 2e-3 for all, or beside muon (embeddings and norms) 1e-2, up to "
-        "2e-2 for small steps (fewer than 4k tokens)",
+        help="peak rate of AdamW"
+        + settled(
+            "learning_rate",
+            "2e-3 for all, or beside muon (embeddings and norms) 1e-2, up to 2e-2 for small steps (below 4k "
+            "tokens)",
+        ),
     )
     add(
         g,
         "--muon_lr",
         type=positive_float,
         metavar="LR",
-        help="peak rate of Muon; without it 0.02, down to 0.005 for small steps",
+        help="peak rate of Muon" + settled("muon_lr", "0.02, down to 0.005 for small steps"),
     )
     add(
         g,
@@ -551,6 +559,9 @@ def schedule(args) -> dict:
 NOMINAL_CPU_FLOPS = 1.5e11  # a small CPU in training; a constant, so that a command means the same everywhere
 
 
+SETTLED = "batch_size max_seq_len learning_rate betas muon_lr muon_momentum muon_block".split()
+
+
 def settle(args, device_type: str):
     """Fill in the flags whose defaults depend on others: rows and their length, the optimizers' rates and
     averages.
@@ -562,15 +573,18 @@ def settle(args, device_type: str):
     1,024 and 4,096 tokens its optimizers average over fewer of them, Muon's rate is lower, and the
     embeddings' higher: they have fewer steps to reach their place.
     """
+    if args.from_resume:
+        inherit(args)
     row = args.max_seq_len or 340  # MiniMind's length
-    if args.batch_size is None:
-        tokens = 16384 if device_type != "cpu" else 8192
-        if device_type == "cpu" and args.max_minutes:
-            expected = args.max_minutes * 60 * NOMINAL_CPU_FLOPS / flops_of_a_token(args, row)
-            tokens = min(16384, max(1024, 2.8 * expected**0.5))
-            row = args.max_seq_len or min(row, max(64, int(tokens / 16) // 64 * 64))
-        args.batch_size = max(1, round(tokens / row))
+    tokens = 16384 if device_type != "cpu" else 8192
+    if device_type == "cpu" and args.max_minutes:
+        expected = args.max_minutes * 60 * NOMINAL_CPU_FLOPS / flops_of_a_token(args, row)
+        tokens = min(16384, max(1024, 2.8 * expected**0.5))
+        row = args.max_seq_len or min(row, max(64, int(tokens / 16) // 64 * 64))
     args.max_seq_len = row
+    if args.batch_size is None:
+        multiple = 8 if tokens >= 8 * row else 2  # so that usual numbers of processes can share a step
+        args.batch_size = max(multiple, round(tokens / row / multiple) * multiple)
     tokens = args.batch_size * args.accumulation_steps * args.max_seq_len
     size = min(1.0, max(0.25, tokens / 4096)) if args.optimizer == "muon" else 1.0
     defaults = {
@@ -583,6 +597,17 @@ def settle(args, device_type: str):
     for name, value in defaults.items():
         if getattr(args, name, value) is None:
             setattr(args, name, value)
+
+
+def inherit(args):
+    """A continued run keeps the values that its first part settled on, where the flags are not given."""
+    from trainer import checkpoint
+
+    for name, value in checkpoint.settings_of_resume(args).items():
+        if getattr(args, name, 0) is None and name in SETTLED:
+            setattr(args, name, tuple(value) if isinstance(value, list) else value)
+        if name == "max_steps" and not args.max_steps:
+            args.max_steps = value  # also what --max_minutes was turned into
 
 
 def flops_of_a_token(args, max_seq_len: int) -> float:
@@ -652,6 +677,9 @@ def run(main, parse_args, argv=None):
     # imports and most of a second at the end.
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says
     args = parse_args(argv)
     try:
         main(args)
@@ -672,7 +700,7 @@ def is_for_the_user(error: Exception) -> bool:
     and failures of the file system."""
     if type(error).__name__ in {"DataError", "CheckpointError", "TrainingError"}:
         return True
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
         return True
     # the configuration class refuses impossible shapes with a sentence of its own
     frame = error.__traceback__

@@ -47,25 +47,30 @@ def orthogonalise(matrices: torch.Tensor, coefficients=THREE_STEPS, block: int =
         X = matrices.reshape(n, rows, -1, block).transpose(1, 2).reshape(-1, rows, block)
     else:
         X = matrices.reshape(-1, block, cols)
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    factors_first = X.dtype == torch.float32
+    if not factors_first:
+        X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
 
     def times(P, X):
         return X @ P if tall else P @ X  # P is symmetric
 
     A = P = product = None
     for a, b, c in coefficients:
-        if product is None:
-            A = X.mT @ X if tall else X @ X.mT
-        else:
+        if product is not None:
             A = P @ A @ P
+        else:
+            A = X.mT @ X if tall else X @ X.mT
+            if factors_first:  # X itself is divided by its norm at the end
+                norm = A.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[:, None, None] + 1e-7
+                A = A / norm**2
         P = torch.baddbmm(A, A, A, beta=b, alpha=c)
         P.diagonal(dim1=-2, dim2=-1).add_(a)
-        if X.dtype == torch.float32:
+        if factors_first:
             product = P if product is None else P @ product
         else:
             X = times(P, X)
-    if product is not None:
-        X = times(product, X)
+    if factors_first:
+        X = times(product / norm, X)
     return (
         X.view(n, -1, rows, block).transpose(1, 2).reshape(n, rows, cols) if tall else X.view(n, rows, cols)
     )
@@ -107,16 +112,17 @@ class Muon(torch.optim.Optimizer):
                 self.update(params, shape, group)
 
     def update(self, params, shape, group):
-        grads = [p.grad for p in params]
-        bufs = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
-        torch._foreach_lerp_(bufs, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, bufs, group["momentum"])
-        stack = torch.stack([u.to(self.ns_dtype) for u in updates])
-        update = orthogonalise(stack, self.coefficients, self.block)
+        momentum, decay = group["momentum"], 1 - group["lr"] * group["weight_decay"]
         scale = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(update.to(params[0].dtype).unbind(0)), alpha=-scale)
+        stack = torch.empty(len(params), *shape, dtype=self.ns_dtype, device=params[0].device)
+        for p, u in zip(params, stack):  # one by one: the second look at a matrix finds it in the cache
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buf = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+            u.copy_(torch.lerp(p.grad, buf, momentum))
+        stack = orthogonalise(stack, self.coefficients, self.block)
+        for p, u in zip(params, stack):
+            p.mul_(decay).add_(u.to(p.dtype), alpha=-scale)
 
 
 def split_parameters(model) -> tuple[list, list, list]:

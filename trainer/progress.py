@@ -399,17 +399,17 @@ def quoted(words: list[str]) -> str:
     return "".join(shlex.quote(word) + " " for word in words)
 
 
-def same_model_flags(args) -> str:
-    """The flags that make another command mean the same model and folder."""
+def same_model_flags(args, known=None) -> str:
+    """The flags that make another command mean the same model and folder. known: those it has, if not all."""
     from trainer.cli import ARCHITECTURE, ROOT
 
-    words = [f"--preset {args.preset}"] if args.preset else []
-    for name in ARCHITECTURE:
-        if getattr(args, name, None) is not None:
-            words.append(f"--{name} {getattr(args, name)}")
+    words = []
+    for name in ["preset", *ARCHITECTURE]:
+        if getattr(args, name, None) is not None and (known is None or name in known):
+            words += [f"--{name}", str(getattr(args, name))]
     if Path(args.save_dir).resolve() != (ROOT / "out").resolve():
-        words.append(f"--save_dir {args.save_dir}")
-    return "".join(" " + word for word in words)
+        words += ["--save_dir", str(args.save_dir)]
+    return " " + quoted(words).strip() if words else ""
 
 
 # --------------------------------------------------------------------------------------------------

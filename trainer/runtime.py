@@ -528,8 +528,9 @@ def synchronize(rt: Runtime):
         torch.mps.synchronize()
 
 
-def peak_memory_gb(rt: Runtime) -> float:
-    """Most memory held so far: by tensors on a GPU, by the process on a CPU. In GB (10^9 bytes)."""
+def peak_memory_gb(rt: Runtime) -> float | None:
+    """Most memory held so far: by tensors on a GPU, by the process on a CPU. In GB (10^9 bytes); None where
+    nobody tells."""
     if rt.device.type == "cuda":
         return torch.cuda.max_memory_allocated(rt.device) / 1e9
     if rt.device.type == "mps":
@@ -537,7 +538,11 @@ def peak_memory_gb(rt: Runtime) -> float:
     try:
         import resource
     except ImportError:  # Windows
-        return float("nan")
+        with contextlib.suppress(ImportError, AttributeError):
+            import psutil
+
+            return psutil.Process().memory_info().peak_wset / 1e9
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 

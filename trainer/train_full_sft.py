@@ -118,13 +118,8 @@ def main(args):
         log.log(**validate(model, val, args, rt))
     checkpoint.save(model, optimizers, args, rt, run, log)
     log.finish()
-    progress.farewell(
-        args,
-        rt,
-        model,
-        log,
-        f"python eval_llm.py --weight {args.save_weight}{progress.same_model_flags(args)}",
-    )
+    flags = progress.same_model_flags(args, known=["preset", "hidden_size", "use_moe"])
+    progress.farewell(args, rt, model, log, f"python eval_llm.py --weight {args.save_weight}{flags}")
     runtime.stop(rt)
 
 

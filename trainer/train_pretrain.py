@@ -118,9 +118,10 @@ def main(args):
         log.log(**validate(model, val, args, rt))
     checkpoint.save(model, optimizers, args, rt, run, log)
     log.finish()
-    progress.farewell(
-        args, rt, model, log, f"python trainer/train_full_sft.py{progress.same_model_flags(args)}"
+    flags = progress.same_model_flags(args) + f" --from_weight {args.save_weight}" * (
+        args.save_weight != "pretrain"
     )
+    progress.farewell(args, rt, model, log, f"python trainer/train_full_sft.py{flags}")
     runtime.stop(rt)
 
 
