@@ -194,7 +194,7 @@ def test_max_minutes_is_turned_into_steps(schedule, stay, tmp_path, monkeypatch,
 
 
 def test_the_steps_that_fit_follow_from_the_median_time(dataset, monkeypatch):
-    """Steps of 2 s after a first one of 20 s, validation of 4 s at the end and after every 10th step, 2 %
+    """Steps of 2 s after a first one of 20 s, validation of 4 s at the end and after every 10th step, 3.3 s
     kept back: after the first, steps are made for a fifth of the time. 14 steps and one validation take 50 of
     the 120 s, 26 more steps of 2.4 s fit into the rest."""
     from trainer import runtime
@@ -205,6 +205,7 @@ def test_the_steps_that_fit_follow_from_the_median_time(dataset, monkeypatch):
     monkeypatch.setattr(runtime, "synchronize", lambda rt: None)
     args, undone = settings(epochs=99), []
     args.max_minutes, args.val_interval, args.use_compile = 2.0, 10, "0"
+    args.max_seq_len = 32
     rt = runtime_of()
     rt.started, rt.print = 0.0, print
 
@@ -214,7 +215,7 @@ def test_the_steps_that_fit_follow_from_the_median_time(dataset, monkeypatch):
     def validate():
         clock.now += 4.0
 
-    more = int((120 - 46 - 4 - 4 - 2.4) / 2.4)
+    more = int((120 - 46 - 4 - 4 - 3.3) / 2.4)
     steps, made = batches.steps_for_minutes(dataset, args, rt, rehearse, lambda: undone.append(1), validate)
     assert (steps, len(made), undone) == (14 + more, 14, [])
     assert [seconds for _, seconds in made] == [20, *[2] * 13]

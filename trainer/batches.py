@@ -297,7 +297,7 @@ def steps_for_minutes(dataset, args, rt, update, undo, validate=None) -> tuple[i
         return result, time.perf_counter() - begin
 
     # Steps that will stay may take longer; a fifth of the run is less than any wsd keeps its peak by default.
-    wanted = min(0.2 * budget, 30) if args.schedule in ("wsd", "constant") else 0.02 * budget
+    wanted = min(0.2 * budget, 60) if args.schedule in ("wsd", "constant") else 0.02 * budget
     for step, micro_batches in training_steps(dataset, args, rt, 0, guess):
         made.append(timed(update, step, micro_batches))
         enough = len(made) >= 4 and sum(seconds for _, seconds in made[1:]) > wanted
@@ -307,8 +307,8 @@ def steps_for_minutes(dataset, args, rt, update, undo, validate=None) -> tuple[i
         rt.print("stopped while the first steps were timed; nothing was saved")
         raise KeyboardInterrupt
     validation = timed(validate)[1] if validate else 0.0
-    # The first step compiles and warms up; the median of the others is not moved by a hiccup.
-    seconds = float(np.median([seconds for _, seconds in made[1:] or made]))
+    # The first step compiles, the next ones warm up; the median of the others is not moved by a hiccup.
+    seconds = float(np.median([seconds for _, seconds in made[max(1, len(made) // 3) :] or made]))
     seconds += validation / args.val_interval if args.val_interval else 0.0
     left = budget - (time.monotonic() - rt.started) - validation
     left -= 1.5 + 0.015 * budget  # saves, the curve, the end of the process
