@@ -27,10 +27,8 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import socket
-import struct
 import subprocess
 import tempfile
 import threading
@@ -369,7 +367,7 @@ def _encode_blocks(blocks, spec, task, num_workers):
         if not hasattr(mine, "worker"):
             mine.worker = _Worker(spec, task)
             workers.append(mine.worker)
-        return mine.worker.ask((first_row, block)), len(block)
+        return mine.worker.ask(first_row, block), len(block)
 
     pool = ThreadPoolExecutor(num_workers)  # a thread only waits for its process
     try:
@@ -390,7 +388,7 @@ def _encode_blocks(blocks, spec, task, num_workers):
 
 
 class _Worker:
-    """A process that encodes blocks; one question, one answer, both length-prefixed pickles."""
+    """A process that encodes blocks; one question, one answer."""
 
     def __init__(self, spec, task):
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1"}
@@ -400,11 +398,11 @@ class _Worker:
             stdout=subprocess.PIPE,
             env=environment,
         )
-        _send(self.process.stdin, (spec, task))
+        _send(self.process.stdin, spec=spec, task=task)
 
-    def ask(self, question):
+    def ask(self, first_row, block):
         try:
-            _send(self.process.stdin, question)
+            _send(self.process.stdin, first_row=first_row, block=block)
             return _receive(self.process.stdout)
         except (EOFError, OSError):
             raise RuntimeError(
@@ -420,34 +418,37 @@ class _Worker:
             self.process.stdin.close()
 
 
-def _send(stream, value):
-    data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
-    stream.write(struct.pack("<Q", len(data)))
-    stream.write(data)
+def _send(stream, **values):
+    """One message: a line of JSON, then the values that are bytes, as they are."""
+    parts = {name: value for name, value in values.items() if isinstance(value, bytes)}
+    plain = {name: value for name, value in values.items() if name not in parts}
+    head = {"plain": plain, "sizes": {name: len(part) for name, part in parts.items()}}
+    stream.write(json.dumps(head).encode() + b"\n")
+    for part in parts.values():
+        stream.write(part)
     stream.flush()
 
 
-def _receive(stream):
-    header = stream.read(8)
-    if len(header) < 8:
+def _receive(stream) -> dict:
+    head = stream.readline()
+    if not head.endswith(b"\n"):
         raise EOFError
-    (size,) = struct.unpack("<Q", header)
-    data = stream.read(size)
-    if len(data) < size:
-        raise EOFError
-    # Safe: at the other end of this anonymous pipe is the process that started us, or one that we started.
-    # Nothing from a file or a network is ever unpickled; data files are JSON.
-    return pickle.loads(data)
+    head = json.loads(head)
+    message = head["plain"]
+    for name, size in head["sizes"].items():
+        message[name] = stream.read(size)
+        if len(message[name]) < size:
+            raise EOFError
+    return message
 
 
 def _worker_main():
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever is printed goes to the terminal, not into the answers
-    encode = None
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
-        encode = _block_encoder(*_receive(sys.stdin.buffer))
+        encode = _block_encoder(**_receive(sys.stdin.buffer))
         while True:
-            _send(answers, encode(*_receive(sys.stdin.buffer)))
+            _send(answers, **encode(**_receive(sys.stdin.buffer)))
     os._exit(0)
 
 

@@ -232,7 +232,8 @@ def report(ledgers: list[dict]) -> str:
     lines += ["", "| stage | seconds | tokens | tokens/s | peak memory |", "|---|---:|---:|---:|---:|"]
     for name, s in first["stages"].items():
         cells = [f"{name}: {s['title']}", f"{s['seconds']:.0f}", f"{s['tokens'] or 0:,}"]
-        cells += [f"{s['tokens_per_s'] or 0:,.0f}", f"{s['peak_memory_gb'] or 0:.1f} GB"]
+        memory = "unknown" if s["peak_memory_gb"] is None else f"{s['peak_memory_gb']:.1f} GB"
+        cells += [f"{s['tokens_per_s'] or 0:,.0f}", memory]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## A conversation with the model", ""]
     for messages in first["conversations"].values():

@@ -253,4 +253,4 @@ def test_the_next_command_holds_only_flags_that_it_knows(tmp_path):
     everything = progress.same_model_flags(args)
     assert "--preset tiny" in everything and "--num_attention_heads 4" in everything
     known = progress.same_model_flags(args, known=["preset", "hidden_size"])
-    assert known == f" --preset tiny --hidden_size 64 --save_dir '{tmp_path}/a b'"
+    assert known == f" --preset tiny --hidden_size 64 --save_dir '{tmp_path / 'a b'}'"

@@ -190,9 +190,9 @@ def test_an_error_in_a_worker_is_reported_like_any_other(tmp_path):
 def test_a_worker_that_dies_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}] * 3)
 
-    def ask(self, question):
+    def ask(self, first_row, block):
         self.process.kill()
-        return real(self, question)
+        return real(self, first_row, block)
 
     real = token_cache._Worker.ask
     monkeypatch.setattr(token_cache._Worker, "ask", ask)

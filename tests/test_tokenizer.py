@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from dataset.rows import DataError
-from trainer import tokenizer_report
+from trainer import tokenizer_corpus, tokenizer_report
 from trainer import train_tokenizer as stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,7 +262,10 @@ def test_parquet_and_jsonl_of_the_same_rows_train_the_same_vocabulary(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
-    rows = [{"text": "".join(row)} for row in stage.read_documents(write_corpus(tmp_path / "mixed.jsonl"))]
+    rows = [
+        {"text": "".join(row)}
+        for row in tokenizer_corpus.read_documents(write_corpus(tmp_path / "mixed.jsonl"))
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     a, b = train(tmp_path / "a.jsonl", tmp_path / "x"), train(tmp_path / "a.parquet", tmp_path / "y")
@@ -279,27 +282,27 @@ def test_an_existing_tokenizer_is_not_overwritten_unless_asked(tmp_path):
 
 
 def test_sampling_keeps_the_wished_shares_and_the_budget():
-    rates = stage.sampling_rates({"zh": 3_000_000, "en": 1_000_000}, 1_000_000, zh_share=0.5)
+    rates = tokenizer_corpus.sampling_rates({"zh": 3_000_000, "en": 1_000_000}, 1_000_000, zh_share=0.5)
     assert rates == {"zh": pytest.approx(1 / 6), "en": pytest.approx(1 / 2)}
     # Too little English: it is taken whole, and Chinese only as much, so that the halves stay halves.
-    rates = stage.sampling_rates({"zh": 3_000_000, "en": 300_000}, 1_000_000, zh_share=0.5)
+    rates = tokenizer_corpus.sampling_rates({"zh": 3_000_000, "en": 300_000}, 1_000_000, zh_share=0.5)
     assert rates == {"zh": pytest.approx(0.1), "en": pytest.approx(1.0)}
     # A language that is not there takes nothing away from the other.
-    assert stage.sampling_rates({"zh": 500_000, "en": 0}, 1_000_000, zh_share=0.5) == {"zh": 1.0}
+    assert tokenizer_corpus.sampling_rates({"zh": 500_000, "en": 0}, 1_000_000, zh_share=0.5) == {"zh": 1.0}
     with pytest.raises(DataError, match="zh_share"):
-        stage.sampling_rates({"zh": 0, "en": 500_000}, 1_000_000, zh_share=1.0)
+        tokenizer_corpus.sampling_rates({"zh": 0, "en": 500_000}, 1_000_000, zh_share=1.0)
 
 
 def test_languages_are_told_apart():
-    assert stage.language_of(["今天天气很好"]) == "zh"
-    assert stage.language_of(["the weather, naïve café"]) == "en"
-    assert stage.language_of(["for (i = 0; i < n; ++i)"]) == "en"
-    assert stage.language_of([""]) == "en"
+    assert tokenizer_corpus.language_of(["今天天气很好"]) == "zh"
+    assert tokenizer_corpus.language_of(["the weather, naïve café"]) == "en"
+    assert tokenizer_corpus.language_of(["for (i = 0; i < n; ++i)"]) == "en"
+    assert tokenizer_corpus.language_of([""]) == "en"
 
 
 def test_held_out_documents_are_never_trained_on(tmp_path):
     data = write_corpus(tmp_path / "text.jsonl")
-    corpus = stage.Corpus([data], 10**9, zh_share=0.5, holdout=0.3, quiet=True)
+    corpus = tokenizer_corpus.Corpus([data], 10**9, zh_share=0.5, holdout=0.3, quiet=True)
     trained = "\n".join(piece for batch in corpus.training_pieces() for piece in batch)
     heldout = [text for texts in corpus.heldout().values() for text in texts]
     assert len(heldout) > 30 and trained
@@ -310,7 +313,7 @@ def test_a_repeated_text_counts_once(tmp_path):
     data = tmp_path / "text.jsonl"
     rows = [{"text": "the same words"}] * 50 + [{"text": "别的文字"}]
     data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    corpus = stage.Corpus([data], 10**9, zh_share=0.5, holdout=0.0, quiet=True)
+    corpus = tokenizer_corpus.Corpus([data], 10**9, zh_share=0.5, holdout=0.0, quiet=True)
     corpus.rates = {"zh": 1.0, "en": 1.0}
     assert [piece for batch in corpus.training_pieces() for piece in batch] == ["the same words", "别的文字"]
 
@@ -318,7 +321,7 @@ def test_a_repeated_text_counts_once(tmp_path):
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="我你他，。ab 1\n", max_size=200))
 def test_cut_runs_join_to_the_text_and_are_short(text):
-    pieces = stage.split_long_runs(text, max_cjk=5, max_run=9)
+    pieces = tokenizer_corpus.split_long_runs(text, max_cjk=5, max_run=9)
     assert "".join(pieces) == text
     for piece in pieces:
         assert max(map(len, re.findall(r"[我你他]+", piece)), default=0) <= 5
@@ -328,7 +331,7 @@ def test_cut_runs_join_to_the_text_and_are_short(text):
 
 def test_runs_of_chinese_are_cut_so_that_memory_stays_bounded():
     text = "天地玄黄宇宙洪荒" * 1000
-    pieces = stage.split_long_runs(text)
+    pieces = tokenizer_corpus.split_long_runs(text)
     assert set(pieces) == {"天地玄黄宇宙洪荒"} and len(pieces) == 1000
 
 
@@ -338,7 +341,7 @@ def test_pieces_are_drawn_lazily(tmp_path):
     with data.open("w", encoding="utf-8") as file:
         for i in range(400):
             file.write(json.dumps({"text": f"document {i} " + "word " * 2000}) + "\n")
-    corpus = stage.Corpus([data], 10**9, zh_share=0.5, holdout=0.0, quiet=True)
+    corpus = tokenizer_corpus.Corpus([data], 10**9, zh_share=0.5, holdout=0.0, quiet=True)
     sizes = [sum(map(len, batch)) for batch in corpus.training_pieces()]
     assert len(sizes) >= 3 and max(sizes) < 1_100_000
 

@@ -127,14 +127,15 @@ def write_file(content: dict, path: Path):
         os.close(folder)
 
 
-def read_file(path: Path) -> dict:
-    """The content of a file written by torch.save, tensors on the CPU. Raises CheckpointError when it is
-    missing, cut short, changed, or holds anything but tensors and plain values."""
+def read_file(path: Path, mmap: bool = False) -> dict:
+    """The content of a file written by torch.save, tensors on the CPU (with mmap: read from the disk when
+    they are used). Raises CheckpointError when it is missing, cut short, changed, or holds anything but
+    tensors and plain values."""
     import torch
 
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise CheckpointError(f"{shown(path)} does not exist") from None
     except pickle.UnpicklingError as error:
@@ -611,7 +612,7 @@ def settings_of_resume(args) -> dict:
     if not path.exists():
         return {}
     try:
-        return read_file(path).get("settings", {})
+        return read_file(path, mmap=True).get("settings", {})  # the tensors stay on disk
     except CheckpointError:
         return {}
 

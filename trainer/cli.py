@@ -211,13 +211,9 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         if default is not ABSENT:
             group.add_argument(*names, default=default, **options)
 
-    def settled(name, text):
+    def settled(name, text, default=None):
         """Help of a flag whose default `settle` finds, unless this stage has one of its own."""
-        return (
-            f"; without it {text}"
-            if defaults.get(name, ABSENT if name == "max_seq_len" else None) is None
-            else ""
-        )
+        return f"; without it {text}" if defaults.get(name, default) is None else ""
 
     g = parser.add_argument_group("data")
     add(
@@ -259,7 +255,7 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         type=number_type(int, low=8),
         default=512,
         metavar="T",
-        help="tokens in a row" + settled("max_seq_len", "340, less in a CPU run of few --max_minutes"),
+        help="tokens in a row" + settled("max_seq_len", "340, less in a CPU run of few --max_minutes", 512),
     )
     add(
         g,
@@ -603,11 +599,11 @@ def inherit(args):
     """A continued run keeps the values that its first part settled on, where the flags are not given."""
     from trainer import checkpoint
 
-    for name, value in checkpoint.settings_of_resume(args).items():
-        if getattr(args, name, 0) is None and name in SETTLED:
-            setattr(args, name, tuple(value) if isinstance(value, list) else value)
-        if name == "max_steps" and not args.max_steps:
-            args.max_steps = value  # also what --max_minutes was turned into
+    before = checkpoint.settings_of_resume(args)
+    for name in SETTLED:
+        if getattr(args, name, 0) is None and name in before:
+            setattr(args, name, before[name])
+    args.max_steps = args.max_steps or before.get("max_steps", 0)  # also what --max_minutes was turned into
 
 
 def flops_of_a_token(args, max_seq_len: int) -> float:

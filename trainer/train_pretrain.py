@@ -118,9 +118,9 @@ def main(args):
         log.log(**validate(model, val, args, rt))
     checkpoint.save(model, optimizers, args, rt, run, log)
     log.finish()
-    flags = progress.same_model_flags(args) + f" --from_weight {args.save_weight}" * (
-        args.save_weight != "pretrain"
-    )
+    flags = progress.same_model_flags(args)
+    if args.save_weight != "pretrain":
+        flags += f" --from_weight {args.save_weight}"
     progress.farewell(args, rt, model, log, f"python trainer/train_full_sft.py{flags}")
     runtime.stop(rt)
 
