@@ -24,6 +24,7 @@ Dimensions: n rows in flight, L layers, H query heads, K key/value heads, R = H 
 vocabulary.
 """
 
+import functools
 import hashlib
 import math
 import platform
@@ -340,7 +341,7 @@ def choose_dtype(wanted, device: torch.device) -> torch.dtype:
     if wanted in (None, "auto", "int8"):
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        if device.type == "cpu" and (wanted == "int8" or prefers_bfloat16(device)):
+        if device.type == "cpu" and prefers_bfloat16(device):
             return torch.bfloat16
         return torch.float32
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -364,28 +365,23 @@ def weight_of(linear: nn.Module) -> torch.Tensor:
 class Linear:
     """y = x W^T with W in the layout the kernels like best.
 
-    On x86 CPUs oneDNN's packed matrices are 2-2.5 times as fast as torch's own product for 1 to 64 rows. With
-    `int8`, weights are rounded to 8 bits with one scale per output: few rows multiply them directly (half the
-    memory traffic of bfloat16), more rows use the same rounded values in bfloat16.
+    On x86 CPUs oneDNN's packed matrices are up to 2.5 times as fast as torch's own product. With `int8`,
+    weights are rounded to 8 bits with one scale per output, and where the CPU has instructions for products
+    of 8-bit numbers, so are the inputs (`integer_product`); elsewhere the rounded weights are multiplied as
+    they are, in `dtype`.
     """
 
-    INT8_ROWS = 4
-
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype, int8: bool = False):
-        self.quantized = None
+        self.integers = None
         if int8:
-            weight = weight.float()
-            scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).to(dtype)
-            rounded = (weight / scale.float()[:, None]).round().clamp(-127, 127)
-            weight = rounded * scale.float()[:, None]
-            if weight.device.type == "cpu":
-                self.quantized = rounded.to(torch.int8), scale
+            rounded, scale = round_rows(weight.float())
+            if multiplies_integers(weight.device):
+                self.integers = rounded.to(torch.int8).t(), scale.t()
+                return
+            weight = rounded * scale
         weight = weight.to(dtype)
         self.packed = (
-            weight.device.type == "cpu"
-            and dtype in (torch.float32, torch.bfloat16)
-            and platform.machine() in ("x86_64", "AMD64")
-            and torch.backends.mkldnn.is_available()
+            weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and has_packed_products()
         )
         # The number is the expected rows: the layout chosen for many rows is also the fastest for one.
         self.weight = (
@@ -394,17 +390,48 @@ class Linear:
 
     def __call__(self, x):
         """x (n, in) -> (n, out)."""
-        if self.quantized is not None and x.shape[0] <= self.INT8_ROWS:
-            return torch._weight_int8pack_mm(x, *self.quantized)
+        if self.integers is not None:
+            return integer_product(x, *self.integers)
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
         return F.linear(x, self.weight)
 
     def add(self, x, residual):
         """residual + x W^T."""
-        if self.packed and (self.quantized is None or x.shape[0] > self.INT8_ROWS):
+        if self.integers is None and self.packed:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, None, "add")
         return self(x).add_(residual)
+
+
+def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (n, m) -> whole numbers -127 ... 127 (n, m), in x's type, and a scale per row (n, 1) float32, so that
+    their product is x but for the rounding (half a step at most)."""
+    peak = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).float()
+    scale = peak.mul_(1 / 127).clamp_(min=1e-12)
+    return (x / scale).round_(), scale
+
+
+def integer_product(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """x (n, in), weight (in, out) int8, weight_scale (1, out) -> (n, out) in x's type. Every row of x is
+    rounded by its own scale (LLM.int8(), https://arxiv.org/abs/2208.07339, section 3.1, vector-wise), and
+    sums of whole numbers are exact: an answer does not depend on its neighbours."""
+    rounded, scale = round_rows(x)
+    sums = torch._int_mm(rounded.to(torch.int8), weight)  # int32
+    return (sums * (scale * weight_scale)).to(x.dtype)
+
+
+@functools.cache
+def has_packed_products() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+
+
+def multiplies_integers(device: torch.device) -> bool:
+    """Whether products of 8-bit numbers are fast and exact here. Without VNNI, x86 CPUs add two of them in 16
+    bits, which overflows; elsewhere torch has no kernel worth using."""
+    if device.type != "cpu" or not has_packed_products():
+        return False
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_vnni") or able.get("avx_vnni"))
 
 
 class Layer:
@@ -576,7 +603,7 @@ class Generator:
         model: a MiniMindLM, dense or mixture. It may go on training: changed parameters are noticed
             at the next call (`refresh()` does it at once, and is needed after writing to `parameter.data`).
         dtype: "auto" = bfloat16 where this machine multiplies it faster, else float32; "int8" = 8-bit
-            weights.
+            weights, and products of 8-bit numbers where the CPU has them.
         max_rows: rows in flight at once; more are done in turns.
         prefill_tokens: prompt tokens read at once: bounds memory, and what fits the cache is faster.
     """

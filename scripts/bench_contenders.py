@@ -547,6 +547,27 @@ def random_weights(model, seed: int):
         model.model.norm.weight.mul_(signs)
 
 
+def products_alone(engine, rows: int, steps: int) -> float:
+    """Seconds that the matrix products of `steps` steps take our engine, with nothing between them: no way of
+    calling the same kernels is faster than this."""
+    import torch
+
+    products = [(engine.head, engine.config.hidden_size)]
+    for layer in engine.layers:
+        products += [(layer.qkv, engine.config.hidden_size), (layer.out, engine.R * engine.K * engine.hd)]
+        products += [(layer.mlp.gate_up, engine.config.hidden_size)]
+        products += [(layer.mlp.down, engine.config.intermediate_size)]
+    inputs = [torch.randn(rows, width).to(engine.device, engine.dtype) for _, width in products]
+    with torch.inference_mode():
+        started = time.perf_counter()
+        for _ in range(steps):
+            for (linear, _), x in zip(products, inputs):
+                linear(x)
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def job_generate(job: dict) -> dict:
     """Tokens per second of each engine on the same weights and prompts, engines in turn within every repeat;
     and whether ours and transformers chose the same tokens in float32."""
@@ -570,7 +591,7 @@ def job_generate(job: dict) -> dict:
     N = job["new_tokens"]
 
     def our_engine(dtype):
-        engine = Generator(ours, dtype=dtype)
+        engine = generators[dtype] = Generator(ours, dtype=dtype)
         return lambda prompts: [
             c.ids for c in engine.generate(prompts, max_new_tokens=N, temperature=0, ignore_eos=True)
         ]
@@ -605,7 +626,7 @@ def job_generate(job: dict) -> dict:
 
         return generate
 
-    engines = {}
+    engines, generators = {}, {}
     for dtype in job["dtypes"]:
         if dtype != "int8":
             engines[f"transformers {dtype}"] = transformers_engine(getattr(torch, dtype))
@@ -643,6 +664,11 @@ def job_generate(job: dict) -> dict:
             dict(batch=batch, engine=name, seconds=times, tokens_per_second=batch * N / median(times))
             for name, times in seconds.items()
         ]
+        for dtype, engine in generators.items() if not shape["use_moe"] else ():
+            times = [products_alone(engine, batch, N) for _ in range(job["repeats"])]
+            speed = batch * N / median(times)
+            alone = dict(engine=f"(products alone) {dtype}", seconds=times, tokens_per_second=speed)
+            results.append(dict(batch=batch, **alone))
     return dict(results=results, identical=identical, different_tokens=different_tokens)
 
 

@@ -142,6 +142,12 @@ def parse_args(argv=None):
         "--max_new_tokens", type=int, default=64, help="limit of an answer, in tokens (default: 64)"
     )
     parser.add_argument("--items", type=int, default=0, help="questions per exam, 0 = all (default: 0)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "int8"),
+        help="of the answers (default: auto; bits_per_byte is always float32)",
+    )
     parser.add_argument("--num_threads", type=int, default=0, help="CPU threads, 0 = all (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument(
@@ -170,7 +176,7 @@ def main(args):
     if args.untrained:
         torch.manual_seed(0)
         model = MiniMindLM(model.config).eval()
-    engine = Generator(model)
+    engine = Generator(model, args.dtype)
     result = examine(model, tokenizer, args.data_dir, args.max_new_tokens, engine, args.items)
     result["conversations"] = {lang: talk(engine, tokenizer, turns) for lang, turns in CONVERSATIONS.items()}
     result["seconds"] = time.time() - started

@@ -262,11 +262,43 @@ def test_the_cache_grows_beyond_its_first_block():
 
 def test_int8_weights_stay_close_to_float32():
     model = tiny()
-    for rows in (1, 6):  # below and above the number of rows that multiply 8-bit weights directly
+    for rows in (1, 6):
         prompts = random_prompts(*[8] * rows)
         answers = Generator(model, "int8").generate(prompts, max_new_tokens=4, seed=0, ignore_eos=True)
         for prompt, answer in zip(prompts, answers):
             assert (answer.logprobs - scored(model, prompt, answer.ids)).abs().mean() < 0.15
+
+
+def test_rounding_is_off_by_half_a_step_at_most():
+    x = torch.cat(
+        [torch.randn(5, 40), torch.zeros(1, 40), torch.full((1, 40), -3e-20), 1e4 * torch.randn(2, 40)]
+    )
+    rounded, scale = generation.round_rows(x)
+    assert rounded.abs().max() <= 127 and torch.equal(rounded, rounded.round())
+    assert ((rounded * scale - x).abs() <= scale * 0.501).all() and rounded.isfinite().all()
+    assert rounded[:5].abs().amax(1).tolist() == [127] * 5  # the whole range is used
+
+
+def test_products_of_rounded_numbers_are_exact_and_rows_do_not_depend_on_neighbours():
+    x, weight = torch.randn(33, 96), torch.randn(64, 96)
+    x[3], weight[5] = 7.0, 7.0  # sums of 96 products of 127 with 127
+    if not generation.multiplies_integers(torch.device("cpu")):
+        pytest.skip("this CPU has no products of 8-bit numbers")
+    layer = generation.Linear(weight, torch.float32, int8=True)
+    (a, a_scale), (b, b_scale) = generation.round_rows(x), generation.round_rows(weight)
+    expected = (a.double() @ b.double().t()) * a_scale.double() * b_scale.double().t()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-6, atol=1e-12)
+    for i in (0, 3, 32):
+        assert torch.equal(layer(x[i : i + 1]), layer(x)[i : i + 1])
+    torch.testing.assert_close(layer.add(x, torch.ones(33, 64)), layer(x) + 1)
+
+
+def test_int8_without_integer_products_multiplies_the_rounded_weights(monkeypatch):
+    x, weight = torch.randn(7, 96), torch.randn(64, 96)
+    monkeypatch.setattr(generation, "multiplies_integers", lambda device: False)
+    rounded, scale = generation.round_rows(weight)
+    layer = generation.Linear(weight, torch.float32, int8=True)
+    torch.testing.assert_close(layer(x), x @ (rounded * scale).t())
 
 
 def test_more_rows_than_fit_are_done_in_turns_with_the_same_answers():
