@@ -191,7 +191,13 @@ def test_defaults_of_the_optimizers_follow_the_size_of_a_step():
     assert (small.learning_rate, small.muon_lr) == (0.02, 0.005)
     assert large.betas == pytest.approx((0.9, 0.99)) and small.betas == pytest.approx((0.6, 0.99))
     assert small.muon_momentum == pytest.approx(0.8)
-    assert settled("--batch_size", 1).muon_lr == 0.005, "no further below 1,024 tokens"
+    tiny = settled("--batch_size", 1)
+    assert tiny.muon_lr == pytest.approx(0.0025), "256 tokens: half the rate of 1,024"
+    assert (tiny.learning_rate, tiny.betas, tiny.muon_momentum) == (
+        small.learning_rate,
+        small.betas,
+        small.muon_momentum,
+    )
     assert settled("--batch_size", 2, "--accumulation_steps", 8).muon_lr == 0.02, (
         "the step counts, not the batch"
     )
@@ -208,7 +214,7 @@ def test_a_longer_run_by_the_clock_takes_larger_steps():
     rows = [
         settled("--preset", "tiny", "--max_minutes", minutes).batch_size for minutes in (0.1, 5, 60, 6000)
     ]
-    assert rows == sorted(rows) and rows[0] == 4 and rows[-1] == 64 and rows[1] < rows[2]
+    assert rows == sorted(rows) and rows[0] == 2 and rows[-1] == 64 and rows[1] < rows[2]
     assert settled().batch_size == 32 and settled(device="cuda").batch_size == 64
 
 
@@ -230,7 +236,7 @@ def test_small_steps_are_made_of_short_rows():
         args = settled(*flags, rows=None, **options)
         return args.batch_size, args.max_seq_len
 
-    assert shape("--preset", "tiny", "--max_minutes", 0.1) == (16, 64)
+    assert shape("--preset", "tiny", "--max_minutes", 0.1) == (8, 64)
     batch_size, long_row = shape("--preset", "tiny", "--max_minutes", 600)
     assert long_row == 340 and batch_size > 16
     assert shape("--max_minutes", 0.1, device="cuda")[1] == 340, "a GPU makes large steps"

@@ -563,11 +563,12 @@ def settle(args, device_type: str):
     averages.
 
     Small steps learn faster per token as long as a run is short. For a CPU run by --max_minutes the step has
-    2.8 sqrt(expected tokens) tokens, at least 1,024: a fit to the best of a few runs between 0.1 and 2.5
+    2.8 sqrt(expected tokens) tokens, at least 512: a fit to the best of a few runs between 0.05 and 2.5
     million tokens. Neighbours in a text resemble each other, so a small step learns more from 16 short
     rows of many documents than from 3 long ones. And a run of small steps is a run of few steps: between
     1,024 and 4,096 tokens its optimizers average over fewer of them, Muon's rate is lower, and the
-    embeddings' higher: they have fewer steps to reach their place.
+    embeddings' higher: they have fewer steps to reach their place. Below 1,024 Muon's rate falls with the
+    square root of the step.
     """
     if args.from_resume:
         inherit(args)
@@ -575,7 +576,7 @@ def settle(args, device_type: str):
     tokens = 16384 if device_type != "cpu" else 8192
     if device_type == "cpu" and args.max_minutes:
         expected = args.max_minutes * 60 * NOMINAL_CPU_FLOPS / flops_of_a_token(args, row)
-        tokens = min(16384, max(1024, 2.8 * expected**0.5))
+        tokens = min(16384, max(512, 2.8 * expected**0.5))
         row = args.max_seq_len or min(row, max(64, int(tokens / 16) // 64 * 64))
     args.max_seq_len = row
     if args.batch_size is None:
@@ -586,7 +587,7 @@ def settle(args, device_type: str):
     defaults = {
         "learning_rate": 1e-2 / size**0.5 if args.optimizer == "muon" else 2e-3,
         "betas": (1 - 0.1 / size, 0.99),
-        "muon_lr": 0.02 * size,
+        "muon_lr": 0.02 * size * min(1.0, tokens / 1024) ** 0.5,
         "muon_momentum": 1 - 0.05 / size,
         "muon_block": 128 if device_type == "cpu" else 0,
     }
