@@ -398,10 +398,13 @@ class _Worker:
             stdout=subprocess.PIPE,
             env=environment,
         )
-        _send(self.process.stdin, spec=spec, task=task)
+        self.settings = dict(spec=spec, task=task)
 
     def ask(self, first_row, block):
         try:
+            if self.settings:
+                _send(self.process.stdin, **self.settings)
+                self.settings = None
             _send(self.process.stdin, first_row=first_row, block=block)
             return _receive(self.process.stdout)
         except (EOFError, OSError):

@@ -28,6 +28,7 @@ import functools
 import hashlib
 import math
 import platform
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.model_minimind import attention, block_biases, rope_frequencies, route
-from model.precision import prefers_bfloat16
+from model.precision import cpu_features, prefers_bfloat16
 
 # ---------------------------------------------------------------------------------------------------------
 # What is asked for, and what comes back
@@ -404,8 +405,8 @@ class Linear:
 
 
 def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (n, m) -> whole numbers -127 ... 127 (n, m), in x's type, and a scale per row (n, 1) float32, so that
-    their product is x but for the rounding (half a step at most)."""
+    """x (n, m) -> whole numbers -127 ... 127 (n, m) and a scale per row (n, 1), both float32, so that their
+    product is x but for the rounding (half a step at most)."""
     peak = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).float()
     scale = peak.mul_(1 / 127).clamp_(min=1e-12)
     return (x / scale).round_(), scale
@@ -414,7 +415,7 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def integer_product(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """x (n, in), weight (in, out) int8, weight_scale (1, out) -> (n, out) in x's type. Every row of x is
     rounded by its own scale (LLM.int8(), https://arxiv.org/abs/2208.07339, section 3.1, vector-wise), and
-    sums of whole numbers are exact: an answer does not depend on its neighbours."""
+    sums of whole numbers are exact: a row's product does not depend on its neighbours."""
     rounded, scale = round_rows(x)
     sums = torch._int_mm(rounded.to(torch.int8), weight)  # int32
     return (sums * (scale * weight_scale)).to(x.dtype)
@@ -430,7 +431,7 @@ def multiplies_integers(device: torch.device) -> bool:
     bits, which overflows; elsewhere torch has no kernel worth using."""
     if device.type != "cpu" or not has_packed_products():
         return False
-    able = torch.cpu.get_capabilities()
+    able = cpu_features()
     return bool(able.get("avx512_vnni") or able.get("avx_vnni"))
 
 
@@ -612,6 +613,12 @@ class Generator:
         self.model, self.config = model, model.config
         self.device = next(model.parameters()).device
         self.int8 = dtype == "int8"
+        if self.int8 and not multiplies_integers(self.device):
+            warnings.warn(
+                f"int8 saves no time on this {self.device.type}: it has no fast products of 8-bit numbers "
+                "(CPUs with VNNI have); the rounded weights are multiplied as any others",
+                stacklevel=2,
+            )
         self.dtype = choose_dtype(dtype, self.device)
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
         c = self.config

@@ -1,4 +1,4 @@
-"""Which floating-point type this machine multiplies fastest; shared by training and generation."""
+"""What this machine multiplies fastest; shared by training and generation."""
 
 import functools
 import time
@@ -22,6 +22,11 @@ def prefers_bfloat16(device: torch.device) -> bool:
         except (RuntimeError, TypeError):
             return False
     return cpu_prefers_bfloat16()
+
+
+def cpu_features() -> dict[str, bool | int | str]:
+    """What torch knows of this CPU ("avx512_vnni": True, ...); empty before torch 2.11."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 @functools.cache

@@ -632,7 +632,8 @@ def bench_generate(args) -> dict:
             shown = ", ".join(f"{value:.2f}x {what}" for what, value in ratios.items())
             say(f"ours / {peer}, batch {b}: {shown}")
             a, c = (f"{best[who][1]}: {best[who][0]:,.0f} tokens/s at batch {b}" for who in (peer, "ours"))
-            result["rows"].append(ledger_row(args, a, c, f"{ratio:.2f}x", machine, note))
+            others = ", ".join(f"{what} {value:.2f}x" for what, value in ratios.items() if what != "best")
+            result["rows"].append(ledger_row(args, a, c, f"{ratio:.2f}x ({others})", machine, note))
     return result
 
 

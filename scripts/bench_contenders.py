@@ -518,7 +518,10 @@ def cpu_name() -> str:
 
 def cpu_capability(torch) -> str:
     """The best of what torch's matrix products can use."""
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    add_our_root()
+    from model.precision import cpu_features
+
+    known = cpu_features()
     for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2", "neon"):
         if known.get(name):
             return name
@@ -548,8 +551,8 @@ def random_weights(model, seed: int):
 
 
 def products_alone(engine, rows: int, steps: int) -> float:
-    """Seconds that the matrix products of `steps` steps take our engine, with nothing between them: no way of
-    calling the same kernels is faster than this."""
+    """Seconds that the matrix products of `steps` steps take our engine with nothing between them (int8:
+    rounding the inputs included)."""
     import torch
 
     products = [(engine.head, engine.config.hidden_size)]
@@ -558,13 +561,14 @@ def products_alone(engine, rows: int, steps: int) -> float:
         products += [(layer.mlp.gate_up, engine.config.hidden_size)]
         products += [(layer.mlp.down, engine.config.intermediate_size)]
     inputs = [torch.randn(rows, width).to(engine.device, engine.dtype) for _, width in products]
+    wait = torch.cuda.synchronize if engine.device.type == "cuda" else (lambda: None)
     with torch.inference_mode():
+        wait()
         started = time.perf_counter()
         for _ in range(steps):
             for (linear, _), x in zip(products, inputs):
                 linear(x)
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
     return time.perf_counter() - started
 
 

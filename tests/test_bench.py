@@ -171,7 +171,7 @@ def test_generation_makes_identical_tokens_and_counts_them(qk_norm, threads):
     assert {(r["engine"], r["batch"]) for r in found["results"]} == {
         (f"{who} float32", b) for who in ("ours", "transformers") for b in (1, 3)
     } | {("(products alone) float32", b) for b in (1, 3)}
-    assert all(0 < r["tokens_per_second"] < 1e9 for r in found["results"])
+    assert all(len(r["seconds"]) == 1 and r["tokens_per_second"] > 0 for r in found["results"])
 
 
 def test_data_job_counts_what_the_dataset_holds(text_file, tmp_path, threads):

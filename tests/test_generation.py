@@ -260,8 +260,10 @@ def test_the_cache_grows_beyond_its_first_block():
         assert (answer.logprobs - scored(model, prompt, answer.ids)).abs().max() < 1e-4
 
 
-def test_int8_weights_stay_close_to_float32():
-    model = tiny()
+@pytest.mark.filterwarnings("ignore:int8 saves no time")
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_stays_close_to_float32(kind):
+    model = tiny(kind)
     for rows in (1, 6):
         prompts = random_prompts(*[8] * rows)
         answers = Generator(model, "int8").generate(prompts, max_new_tokens=4, seed=0, ignore_eos=True)
@@ -291,11 +293,15 @@ def test_products_of_rounded_numbers_are_exact_and_rows_do_not_depend_on_neighbo
     for i in (0, 3, 32):
         assert torch.equal(layer(x[i : i + 1]), layer(x)[i : i + 1])
     torch.testing.assert_close(layer.add(x, torch.ones(33, 64)), layer(x) + 1)
+    half = layer(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and (half.float() - layer(x)).norm() < 0.02 * layer(x).norm()
 
 
 def test_int8_without_integer_products_multiplies_the_rounded_weights(monkeypatch):
     x, weight = torch.randn(7, 96), torch.randn(64, 96)
     monkeypatch.setattr(generation, "multiplies_integers", lambda device: False)
+    with pytest.warns(UserWarning, match="int8 saves no time"):
+        Generator(tiny(), "int8")
     rounded, scale = generation.round_rows(weight)
     layer = generation.Linear(weight, torch.float32, int8=True)
     torch.testing.assert_close(layer(x), x @ (rounded * scale).t())

@@ -181,8 +181,8 @@ def test_a_folder_that_is_read_only_by_its_mode_is_left_alone_even_by_root(tmp_p
 
 
 def test_an_error_in_a_worker_is_reported_like_any_other(tmp_path):
-    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}] * 3 + [{"text": None}])
-    with pytest.raises(DataError, match="a.jsonl:4:"):
+    file = write_jsonl(tmp_path / "数据.jsonl", [{"text": "甲"}] * 3 + [{"text": None}])
+    with pytest.raises(DataError, match="数据.jsonl:4:"):
         open_cache(file, num_workers=1)
     assert caches_in(tmp_path / ".token_cache") == []
 

@@ -318,7 +318,7 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         type=positive_int,
         metavar="ROWS",
         help="rows in memory at once per process; without it about 16k tokens, on a CPU 8k, and with "
-        "--max_minutes down to 1k there, because many small steps learn faster at first",
+        "--max_minutes down to 512 there, because many small steps learn faster at first",
     )
     add(
         g,
@@ -355,7 +355,7 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         "--muon_lr",
         type=positive_float,
         metavar="LR",
-        help="peak rate of Muon" + settled("muon_lr", "0.02, down to 0.005 for small steps"),
+        help="peak rate of Muon" + settled("muon_lr", "0.02, 0.005 at 1k tokens a step, less below"),
     )
     add(
         g,
@@ -564,8 +564,8 @@ def settle(args, device_type: str):
 
     Small steps learn faster per token as long as a run is short. For a CPU run by --max_minutes the step has
     2.8 sqrt(expected tokens) tokens, at least 512: a fit to the best of a few runs between 0.05 and 2.5
-    million tokens. Neighbours in a text resemble each other, so a small step learns more from 16 short
-    rows of many documents than from 3 long ones. And a run of small steps is a run of few steps: between
+    million tokens. Neighbours in a text resemble each other, so a small step learns more from many
+    short rows than from few long ones. And a run of small steps is a run of few steps: between
     1,024 and 4,096 tokens its optimizers average over fewer of them, Muon's rate is lower, and the
     embeddings' higher: they have fewer steps to reach their place. Below 1,024 Muon's rate falls with the
     square root of the step.

@@ -6,6 +6,10 @@ Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, algorithm 1, on bytes as
 into words by Qwen2's regular expression, merges never cross a word; every digit is a word of its own, so
 numbers always split the same way.
 
+What is counted is a sample (trainer/tokenizer_corpus.py): as many bytes of Chinese as of English
+(--zh_share), each distinct text once, and runs of Chinese cut to eight characters, because a clause without
+blanks would otherwise be one long word.
+
 You do not need this stage. Weights and vocabulary belong together: a model trained with one tokenizer reads
 nonsense through another. The script is for study, and for those who start everything anew.
 
