@@ -11,6 +11,7 @@ from trainer.optim import (
     JORDAN,
     THREE_STEPS,
     Muon,
+    blocks_of,
     build_optimizers,
     lr_factor,
     orthogonalise,
@@ -59,25 +60,53 @@ def test_a_batch_of_matrices_equals_one_by_one_tall_and_wide():
         torch.testing.assert_close(orthogonalise(G), torch.cat([orthogonalise(g[None]) for g in G]))
 
 
-def test_blocks_of_rows_are_orthogonalised_by_themselves():
-    """Along the shorter side, whatever its direction; a side that the block does not divide stays whole."""
-    G = torch.randn(2, 8, 20, dtype=torch.float64)
-    blocks = torch.cat([orthogonalise(G[:, :4]), orthogonalise(G[:, 4:])], dim=1)
-    torch.testing.assert_close(orthogonalise(G, block=4), blocks)
-    torch.testing.assert_close(orthogonalise(G.mT, block=4), blocks.mT)
-    torch.testing.assert_close(orthogonalise(G, block=3), orthogonalise(G))
+def test_blocks_cut_the_shorter_side():
+    G = torch.randn(8, 20, dtype=torch.float64)
+    assert torch.equal(blocks_of(G, 4), torch.stack([G[:4], G[4:]]))
+    assert torch.equal(blocks_of(G.mT, 4), torch.stack([G[:4].mT, G[4:].mT]))
+    for whole in (0, 3):  # a side that the block does not divide stays whole
+        assert torch.equal(blocks_of(G, whole), G[None]) and torch.equal(blocks_of(G.mT, whole), G.mT[None])
+    blocks_of(G, 4)[1] = 0
+    assert G[4:].abs().max() == 0 and G[:4].abs().min() > 0, "a view"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [0, 4])
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
+def test_an_update_by_its_formula(shape, block, dtype):
+    """Two steps, two matrices of one shape, every block by itself."""
+    torch.manual_seed(3)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    params = [torch.nn.Parameter(torch.randn(shape, dtype=exact)) for _ in range(2)]
+    optimizer = Muon(params, lr=0.1, momentum=0.8, weight_decay=0.5, ns_dtype=dtype, block=block)
+    expected, buffers = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
+    for _ in range(2):
+        for p, W, buf in zip(params, expected, buffers):
+            p.grad = torch.randn(shape, dtype=exact)
+            buf.copy_(0.8 * buf + 0.2 * p.grad)
+            u = 0.2 * p.grad + 0.8 * buf
+            wide = u if shape[0] < shape[1] else u.mT
+            rows = block or 8
+            parts = [orthogonalise(wide[None, i : i + rows].to(dtype))[0] for i in range(0, 8, rows)]
+            turned = torch.cat(parts).to(exact)
+            turned = turned if shape[0] < shape[1] else turned.mT
+            W.copy_(W * (1 - 0.1 * 0.5) - 0.1 * max(1.0, shape[0] / shape[1]) ** 0.5 * turned)
+        optimizer.step()
+    limit = 0.01 if dtype == torch.bfloat16 else 1e-5
+    for p, W in zip(params, expected):
+        torch.testing.assert_close(p.detach(), W, atol=limit, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 96), (3, 96, 32), (2, 40, 40)])
-@pytest.mark.parametrize("block", [0, 8])
-def test_float32_multiplies_the_factors_first_and_ends_where_the_iteration_does(shape, block):
+def test_float32_multiplies_the_factors_first_and_ends_where_the_iteration_does(shape):
     """float64 takes the steps one by one. Most singular values here are a ten thousandth of the largest."""
     torch.manual_seed(2)
     n, rows, cols = shape
     G = torch.randn(n, rows, 3) @ torch.randn(n, 3, cols) + 1e-4 * torch.randn(shape)
     for coefficients in (THREE_STEPS, JORDAN):
-        exact = orthogonalise(G.double(), coefficients, block)
-        torch.testing.assert_close(orthogonalise(G, coefficients, block).double(), exact, atol=2e-4, rtol=0)
+        exact = orthogonalise(G.double(), coefficients, -0.5)
+        torch.testing.assert_close(orthogonalise(G, coefficients, -0.5).double(), exact, atol=1e-4, rtol=0)
+        torch.testing.assert_close(exact, -0.5 * orthogonalise(G.double(), coefficients))
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 48)])

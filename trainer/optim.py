@@ -25,28 +25,17 @@ THREE_STEPS = (
 )
 
 
-def orthogonalise(matrices: torch.Tensor, coefficients=THREE_STEPS, block: int = 0) -> torch.Tensor:
-    """The approximate U V^T of G = U S V^T, for a stack of matrices (n, rows, cols), in the dtype given.
+def orthogonalise(matrices: torch.Tensor, coefficients=THREE_STEPS, scale: float = 1.0) -> torch.Tensor:
+    """`scale` times the approximate U V^T of G = U S V^T, for a stack of matrices (n, rows, cols), in the
+    dtype given.
 
     Newton-Schulz iteration on the shorter side, here for a wide matrix: each step X <- P X with
     P = a I + b A + c A^2, A = X X^T maps every singular value s to a s + b s^3 + c s^5, towards 1. Near 1 is
     exact enough, and it needs only matrix products. In float32 the factors P are multiplied with each other
     first and meet the long side of X once, at the end: A of the next step is P A P. In bfloat16 that would
     lose the small singular values, of which A holds the squares.
-
-    block: cut each matrix along its shorter side into blocks of so many rows (columns if it is tall) and
-    orthogonalise each by itself (as MuonBP does between its full steps, Khaled et al. 2025,
-    https://arxiv.org/abs/2510.16981), which costs a fraction; 0, or a side it does not divide: whole
-    matrices.
     """
-    n, rows, cols = matrices.shape
-    tall = rows > cols
-    if not block or min(rows, cols) % block:
-        block = min(rows, cols)
-    if tall:
-        X = matrices.reshape(n, rows, -1, block).transpose(1, 2).reshape(-1, rows, block)
-    else:
-        X = matrices.reshape(-1, block, cols)
+    X, tall = matrices, matrices.shape[-2] > matrices.shape[-1]
     factors_first = X.dtype == torch.float32
     if not factors_first:
         X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -69,11 +58,18 @@ def orthogonalise(matrices: torch.Tensor, coefficients=THREE_STEPS, block: int =
             product = P if product is None else P @ product
         else:
             X = times(P, X)
-    if factors_first:
-        X = times(product / norm, X)
-    return (
-        X.view(n, -1, rows, block).transpose(1, 2).reshape(n, rows, cols) if tall else X.view(n, rows, cols)
-    )
+    return times(product * (scale / norm), X) if factors_first else X.mul_(scale)
+
+
+def blocks_of(matrix: torch.Tensor, block: int) -> torch.Tensor:
+    """A view of a matrix (rows, cols), cut along its shorter side: (n, block, cols), or (n, rows, block) if
+    it is tall; block 0, or one that does not divide the side: the whole matrix, n = 1."""
+    rows, cols = matrix.shape
+    if not block or min(rows, cols) % block:
+        block = min(rows, cols)
+    if rows > cols:
+        return matrix.unflatten(1, (-1, block)).transpose(0, 1)
+    return matrix.unflatten(0, (-1, block))
 
 
 class Muon(torch.optim.Optimizer):
@@ -81,6 +77,10 @@ class Muon(torch.optim.Optimizer):
 
     buf <- lerp(buf, g, 1 - momentum); u = lerp(g, buf, momentum) (Nesterov);
     W <- W (1 - lr * weight_decay) - lr * sqrt(max(1, rows / cols)) * orthogonalise(u).
+
+    block: orthogonalise blocks of so many rows (columns if the matrix is tall) by themselves, as MuonBP does
+    between its full steps (Khaled et al. 2025, https://arxiv.org/abs/2510.16981), which costs a fraction;
+    0 = whole matrices.
     """
 
     def __init__(
@@ -114,15 +114,20 @@ class Muon(torch.optim.Optimizer):
     def update(self, params, shape, group):
         momentum, decay = group["momentum"], 1 - group["lr"] * group["weight_decay"]
         scale = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
-        stack = torch.empty(len(params), *shape, dtype=self.ns_dtype, device=params[0].device)
+        size = blocks_of(params[0], self.block).shape
+        stack = torch.empty(len(params), *size, dtype=self.ns_dtype, device=params[0].device)
         for p, u in zip(params, stack):  # one by one: the second look at a matrix finds it in the cache
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buf = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-            u.copy_(torch.lerp(p.grad, buf, momentum))
-        stack = orthogonalise(stack, self.coefficients, self.block)
+            grad, buf = blocks_of(p.grad, self.block), blocks_of(buf, self.block)
+            torch.lerp(grad, buf, momentum, out=u) if u.dtype == p.dtype else u.copy_(
+                grad.lerp(buf, momentum)
+            )
+        stack = orthogonalise(stack.flatten(0, 1), self.coefficients, -scale).view_as(stack)
         for p, u in zip(params, stack):
-            p.mul_(decay).add_(u.to(p.dtype), alpha=-scale)
+            blocks = blocks_of(p, self.block)
+            torch.add(u, blocks, alpha=decay, out=blocks)
 
 
 def split_parameters(model) -> tuple[list, list, list]:
