@@ -192,7 +192,7 @@ def test_defaults_of_the_optimizers_follow_the_size_of_a_step():
     assert large.betas == pytest.approx((0.9, 0.99)) and small.betas == pytest.approx((0.6, 0.99))
     assert small.muon_momentum == pytest.approx(0.8)
     tiny = settled("--batch_size", 1)
-    assert tiny.muon_lr == pytest.approx(0.0025), "256 tokens: half the rate of 1,024"
+    assert tiny.muon_lr == pytest.approx(0.005 * 0.5**0.5), "no further below 512 tokens"
     assert (tiny.learning_rate, tiny.betas, tiny.muon_momentum) == (
         small.learning_rate,
         small.betas,

@@ -264,11 +264,12 @@ def test_the_cache_grows_beyond_its_first_block():
 @pytest.mark.parametrize("kind", KINDS)
 def test_int8_stays_close_to_float32(kind):
     model = tiny(kind)
-    for rows in (1, 6):
-        prompts = random_prompts(*[8] * rows)
-        answers = Generator(model, "int8").generate(prompts, max_new_tokens=4, seed=0, ignore_eos=True)
-        for prompt, answer in zip(prompts, answers):
-            assert (answer.logprobs - scored(model, prompt, answer.ids)).abs().mean() < 0.15
+    prompts = random_prompts(*[8] * 6)
+    answers = Generator(model, "int8").generate(prompts, max_new_tokens=16, seed=0, ignore_eos=True)
+    off = torch.cat([a.logprobs - scored(model, p, a.ids) for p, a in zip(prompts, answers)])
+    assert off.abs().mean() < 0.2, (
+        "of a model with large random weights; unrelated ones are off by 1 and more"
+    )
 
 
 def test_rounding_is_off_by_half_a_step_at_most():

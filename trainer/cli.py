@@ -355,7 +355,7 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         "--muon_lr",
         type=positive_float,
         metavar="LR",
-        help="peak rate of Muon" + settled("muon_lr", "0.02, 0.005 at 1k tokens a step, less below"),
+        help="peak rate of Muon" + settled("muon_lr", "0.02, down to 0.0035 for small steps"),
     )
     add(
         g,
@@ -567,8 +567,8 @@ def settle(args, device_type: str):
     million tokens. Neighbours in a text resemble each other, so a small step learns more from many
     short rows than from few long ones. And a run of small steps is a run of few steps: between
     1,024 and 4,096 tokens its optimizers average over fewer of them, Muon's rate is lower, and the
-    embeddings' higher: they have fewer steps to reach their place. Below 1,024 Muon's rate falls with the
-    square root of the step.
+    embeddings' higher: they have fewer steps to reach their place. Between 1,024 and 512 Muon's rate
+    falls with the square root of the step.
     """
     if args.from_resume:
         inherit(args)
@@ -587,7 +587,7 @@ def settle(args, device_type: str):
     defaults = {
         "learning_rate": 1e-2 / size**0.5 if args.optimizer == "muon" else 2e-3,
         "betas": (1 - 0.1 / size, 0.99),
-        "muon_lr": 0.02 * size * min(1.0, tokens / 1024) ** 0.5,
+        "muon_lr": 0.02 * size * min(1.0, max(0.5, tokens / 1024)) ** 0.5,
         "muon_momentum": 1 - 0.05 / size,
         "muon_block": 128 if device_type == "cpu" else 0,
     }
