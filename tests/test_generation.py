@@ -267,9 +267,8 @@ def test_int8_stays_close_to_float32(kind):
     prompts = random_prompts(*[8] * 6)
     answers = Generator(model, "int8").generate(prompts, max_new_tokens=16, seed=0, ignore_eos=True)
     off = torch.cat([a.logprobs - scored(model, p, a.ids) for p, a in zip(prompts, answers)])
-    assert off.abs().mean() < 0.2, (
-        "of a model with large random weights; unrelated ones are off by 1 and more"
-    )
+    # Weights of another seed are off by 5. A mixture's router now and then picks another expert.
+    assert off.abs().median() < 0.15 and off.abs().mean() < 0.5
 
 
 def test_rounding_is_off_by_half_a_step_at_most():

@@ -123,7 +123,7 @@ def test_three_steps(tmp_path, stage, kind, capsys):
 def test_training_overfits_a_few_documents(tmp_path):
     rows = [{"text": f"the answer to question {i} is {i * 7 % 10}"} for i in range(8)]
     write_lines(tmp_path, "pretrain.jsonl", rows)
-    train("pretrain", tmp_path, "--val_fraction", 0, "--hidden_size", 64, steps=60)
+    train("pretrain", tmp_path, "--val_fraction", 0, "--hidden_size", 64, steps=100)
     losses = [line["loss"] for line in log_lines(tmp_path) if "loss" in line]
     assert losses[0] > 5 and losses[-1] < 0.5
 
