@@ -311,7 +311,7 @@ def steps_for_minutes(dataset, args, rt, update, undo, validate=None) -> tuple[i
     seconds = float(np.median([seconds for _, seconds in made[max(1, len(made) // 3) :] or made]))
     seconds += validation / args.val_interval if args.val_interval else 0.0
     left = budget - (time.monotonic() - rt.started) - validation
-    left -= 1.5 + 0.015 * budget  # saves, the curve, the end of the process
+    left -= 1.5 + 0.03 * budget  # saves, the curve, the end of the process; steps slower than those timed
     more = runtime.broadcast(max(1, int(left / max(seconds, 1e-9))), rt)
     if not same_start(len(made), guess, len(made) + more, len(dataset), args):
         undo()
