@@ -194,9 +194,9 @@ def test_max_minutes_is_turned_into_steps(schedule, stay, tmp_path, monkeypatch,
 
 
 def test_the_steps_that_fit_follow_from_the_median_time(dataset, monkeypatch):
-    """Steps of 2 s after a first one of 20 s, validation of 4 s at the end and after every 10th step, 3.3 s
+    """Steps of 2 s after a first one of 20 s, validation of 4 s at the end and after every 10th step, 5.1 s
     kept back: after the first, steps are made for a fifth of the time. 14 steps and one validation take 50 of
-    the 120 s, 26 more steps of 2.4 s fit into the rest."""
+    the 120 s, 25 more steps of 2.4 s fit into the rest."""
     from trainer import runtime
 
     clock = SimpleNamespace(now=0.0)
@@ -215,12 +215,12 @@ def test_the_steps_that_fit_follow_from_the_median_time(dataset, monkeypatch):
     def validate():
         clock.now += 4.0
 
-    more = int((120 - 46 - 4 - 4 - 3.3) / 2.4)
+    more = int((120 - 46 - 4 - 4 - 5.1) / 2.4)
     steps, made = batches.steps_for_minutes(dataset, args, rt, rehearse, lambda: undone.append(1), validate)
     assert (steps, len(made), undone) == (14 + more, 14, [])
     assert [seconds for _, seconds in made] == [20, *[2] * 13]
     args.schedule, clock.now = "linear", 0.0  # its rates depend on the number of steps: only four are made
-    more = int((120 - 26 - 4 - 4 - 2.4) / 2.4)
+    more = int((120 - 26 - 4 - 4 - 5.1) / 2.4)
     steps, made = batches.steps_for_minutes(dataset, args, rt, rehearse, lambda: undone.append(1), validate)
     assert (steps, made, undone) == (more, [], [1])
 
