@@ -24,10 +24,8 @@ Dimensions: n rows in flight, L layers, H query heads, K key/value heads, R = H 
 vocabulary.
 """
 
-import functools
 import hashlib
 import math
-import platform
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.model_minimind import attention, block_biases, rope_frequencies, route
-from model.precision import cpu_features, prefers_bfloat16
+from model.precision import has_packed_products, multiplies_integers, prefers_bfloat16, round_to_integers
 
 # ---------------------------------------------------------------------------------------------------------
 # What is asked for, and what comes back
@@ -375,9 +373,9 @@ class Linear:
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype, int8: bool = False):
         self.integers = None
         if int8:
-            rounded, scale = round_rows(weight.float())
+            rounded, scale = round_to_integers(weight.float())
             if multiplies_integers(weight.device):
-                self.integers = rounded.to(torch.int8).t(), scale.t()
+                self.integers = rounded.t(), scale.t()
                 return
             weight = rounded * scale
         weight = weight.to(dtype)
@@ -404,35 +402,13 @@ class Linear:
         return self(x).add_(residual)
 
 
-def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (n, m) -> whole numbers -127 ... 127 (n, m) and a scale per row (n, 1), both float32, so that their
-    product is x but for the rounding (half a step at most)."""
-    peak = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).float()
-    scale = peak.mul_(1 / 127).clamp_(min=1e-12)
-    return (x / scale).round_(), scale
-
-
 def integer_product(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """x (n, in), weight (in, out) int8, weight_scale (1, out) -> (n, out) in x's type. Every row of x is
     rounded by its own scale (LLM.int8(), https://arxiv.org/abs/2208.07339, section 3.1, vector-wise), and
     sums of whole numbers are exact: a row's product does not depend on its neighbours."""
-    rounded, scale = round_rows(x)
-    sums = torch._int_mm(rounded.to(torch.int8), weight)  # int32
+    rounded, scale = round_to_integers(x)
+    sums = torch._int_mm(rounded, weight)  # int32
     return (sums * (scale * weight_scale)).to(x.dtype)
-
-
-@functools.cache
-def has_packed_products() -> bool:
-    return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-
-
-def multiplies_integers(device: torch.device) -> bool:
-    """Whether products of 8-bit numbers are fast and exact here. Without VNNI, x86 CPUs add two of them in 16
-    bits, which overflows; elsewhere torch has no kernel worth using."""
-    if device.type != "cpu" or not has_packed_products():
-        return False
-    able = cpu_features()
-    return bool(able.get("avx512_vnni") or able.get("avx_vnni"))
 
 
 class Layer:

@@ -20,6 +20,8 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from model import precision
+
 # ------------------------------------------------------------------------------------------------------------
 # Configuration
 # ------------------------------------------------------------------------------------------------------------
@@ -287,6 +289,16 @@ class RMSNorm(nn.Module):
         return self.weight.to(x.dtype) * normed.to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """The linear layer of the blocks: `nn.Linear`, or products of 8-bit integers while training under
+    `precision.integer_products`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if precision.in_integers and torch.is_grad_enabled() and x.numel():
+            return precision.IntegerLinear.apply(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
+
+
 BLOCK = 128  # query rows per block of `blocked_attention`
 
 
@@ -363,10 +375,10 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(D, H * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(D, K * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(D, K * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(H * self.head_dim, D, bias=False)
+        self.q_proj = Linear(D, H * self.head_dim, bias=False)
+        self.k_proj = Linear(D, K * self.head_dim, bias=False)
+        self.v_proj = Linear(D, K * self.head_dim, bias=False)
+        self.o_proj = Linear(H * self.head_dim, D, bias=False)
         self.o_proj.writes_residual = True  # see MiniMindLM._init_weights
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -394,9 +406,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
         self.down_proj.writes_residual = True
 
     def forward(self, x):
@@ -660,7 +672,9 @@ class MiniMindModel(nn.Module):
         for layer in self.layers:
             args = (layer, x, cos, sin, mask, valid, past_key_values)
             if self.gradient_checkpointing and self.training:
-                x, aux, load = torch.utils.checkpoint.checkpoint(self.run_block, *args, use_reentrant=False)
+                x, aux, load = torch.utils.checkpoint.checkpoint(
+                    self.run_block, *args, use_reentrant=False, context_fn=precision.for_both_passes
+                )
             else:
                 x, aux, load = self.run_block(*args)
             if aux is not None:

@@ -25,6 +25,7 @@ from transformers import (
 from model import generation
 from model.generation import Generator, Sampling, TextStream, generate, sample, sampling_log_probs, uniforms
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.precision import round_to_integers
 
 V = 211
 KINDS = {
@@ -271,23 +272,13 @@ def test_int8_stays_close_to_float32(kind):
     assert off.abs().median() < 0.15 and off.abs().mean() < 0.5
 
 
-def test_rounding_is_off_by_half_a_step_at_most():
-    x = torch.cat(
-        [torch.randn(5, 40), torch.zeros(1, 40), torch.full((1, 40), -3e-20), 1e4 * torch.randn(2, 40)]
-    )
-    rounded, scale = generation.round_rows(x)
-    assert rounded.abs().max() <= 127 and torch.equal(rounded, rounded.round())
-    assert ((rounded * scale - x).abs() <= scale * 0.501).all() and rounded.isfinite().all()
-    assert rounded[:5].abs().amax(1).tolist() == [127] * 5  # the whole range is used
-
-
 def test_products_of_rounded_numbers_are_exact_and_rows_do_not_depend_on_neighbours():
     x, weight = torch.randn(33, 96), torch.randn(64, 96)
     x[3], weight[5] = 7.0, 7.0  # sums of 96 products of 127 with 127
     if not generation.multiplies_integers(torch.device("cpu")):
         pytest.skip("this CPU has no products of 8-bit numbers")
     layer = generation.Linear(weight, torch.float32, int8=True)
-    (a, a_scale), (b, b_scale) = generation.round_rows(x), generation.round_rows(weight)
+    (a, a_scale), (b, b_scale) = round_to_integers(x), round_to_integers(weight)
     expected = (a.double() @ b.double().t()) * a_scale.double() * b_scale.double().t()
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-6, atol=1e-12)
     for i in (0, 3, 32):
@@ -302,7 +293,7 @@ def test_int8_without_integer_products_multiplies_the_rounded_weights(monkeypatc
     monkeypatch.setattr(generation, "multiplies_integers", lambda device: False)
     with pytest.warns(UserWarning, match="int8 saves no time"):
         Generator(tiny(), "int8")
-    rounded, scale = generation.round_rows(weight)
+    rounded, scale = round_to_integers(weight)
     layer = generation.Linear(weight, torch.float32, int8=True)
     torch.testing.assert_close(layer(x), x @ (rounded * scale).t())
 

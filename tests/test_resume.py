@@ -8,6 +8,8 @@ import pytest
 import torch
 from train_helpers import MOE, REPO, assert_bit_equal, flags, log_lines, stop_after, train, weights
 
+from model.precision import multiplies_integers
+
 STEPS = 12
 
 KILLED = """
@@ -57,11 +59,15 @@ def values(folder, stage):
     ]
 
 
+needs_integers = pytest.mark.skipif(
+    not multiplies_integers(torch.device("cpu")), reason="this CPU has no products of 8-bit numbers"
+)
 CASES = [
     pytest.param("pretrain", [], "float32", id="pretrain"),
     pytest.param("full_sft", MOE, "bfloat16", id="sft moe bf16"),
     pytest.param("pretrain", MOE, "float32", id="pretrain moe", marks=pytest.mark.slow),
     pytest.param("full_sft", [], "bfloat16", id="sft bf16", marks=pytest.mark.slow),
+    pytest.param("pretrain", [], "int8", id="pretrain int8", marks=needs_integers),
 ]
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from train_helpers import REPO  # noqa: F401  (puts the repo on the path)
 
-from model import precision
 from model.model_minimind import MiniMindConfig, MiniMindLM
-from trainer import runtime
+from trainer import runtime, train_pretrain
 
 CPU = torch.device("cpu")
 
@@ -57,20 +56,26 @@ def test_auto_dtype_follows_the_hardware(monkeypatch):
     assert runtime.choose_dtype("fp32", CPU) == torch.float32
     with pytest.raises(runtime.TrainingError, match="float16 on cpu"):
         runtime.choose_dtype("float16", CPU)
-    with pytest.raises(runtime.TrainingError, match="--dtype int8"):
+    with pytest.raises(runtime.TrainingError, match="--dtype int4 is unknown"):
+        runtime.choose_dtype("int4", CPU)
+
+
+def test_int8_is_for_cpus_that_have_its_products_and_auto_takes_it_for_wide_models(monkeypatch):
+    for able, wide, expected in [
+        (True, True, torch.int8),
+        (True, False, torch.float32),
+        (False, True, torch.float32),
+    ]:
+        monkeypatch.setattr(runtime, "multiplies_integers", lambda device, able=able: able)
+        monkeypatch.setattr(runtime, "prefers_bfloat16", lambda device: False)
+        assert runtime.choose_dtype("auto", CPU, wide) == expected
+        monkeypatch.setattr(runtime, "prefers_bfloat16", lambda device: True)
+        assert runtime.choose_dtype("auto", CPU, wide) == torch.bfloat16
+    with pytest.raises(runtime.TrainingError, match="--dtype int8 needs a CPU"):
         runtime.choose_dtype("int8", CPU)
-
-
-@pytest.mark.parametrize("bfloat16_seconds, expected", [(0.2, True), (0.9, False), (2.0, False)])
-def test_a_cpu_uses_bfloat16_where_it_is_clearly_faster(bfloat16_seconds, expected, monkeypatch):
-    seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}
-    monkeypatch.setattr(precision, "product_seconds", lambda *dtypes: seconds)
-    assert precision.cpu_prefers_bfloat16.__wrapped__() is expected
-
-
-def test_products_are_timed():
-    seconds = precision.product_seconds(torch.float32, torch.bfloat16, rounds=2)
-    assert all(0 < seconds[dtype] < 10 for dtype in (torch.float32, torch.bfloat16))
+    narrow = train_pretrain.parse_args(["--hidden_size", "128"])
+    assert not runtime.pays_in_integers(narrow) and runtime.pays_in_integers(train_pretrain.parse_args([]))
+    assert not runtime.pays_in_integers(SimpleNamespace())  # a script that trains no model
 
 
 def test_draws_are_a_function_of_seed_step_and_rank():

@@ -499,8 +499,8 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         g,
         "--dtype",
         default="auto",
-        help="compute type: bfloat16, float16 (CUDA, with loss scaling) or float32; auto = the fastest "
-        "the hardware has",
+        help="compute type: bfloat16, float16 (CUDA, with loss scaling), float32, or int8 (x86 CPUs: 8-bit "
+        "products, all else float32); auto = the fastest that the hardware has",
     )
     add(
         g,
