@@ -77,8 +77,9 @@ class MiniMindConfig(PretrainedConfig):
         rope_parameters: transformers' dictionary, e.g. {"rope_type": "yarn", "factor": 16.0, ...}; wins over
             rope_theta.
         inference_rope_scaling: True = YaRN x16 over `original_max_position_embeddings` positions.
-        residual_init: "zero" starts o_proj and down_proj at 0 (each block starts as the identity), "scaled"
-            draws them with std 0.02 / sqrt(2 * layers), "normal" with std 0.02.
+        residual_init: "zero" starts o_proj and down_proj at 0 (each block starts as the identity) and v_proj
+            at a fifth, "scaled" draws o_proj and down_proj with std 0.02 / sqrt(2 * layers), "normal" with
+            std 0.02.
         use_moe, num_experts, num_experts_per_tok, n_shared_experts, moe_intermediate_size, norm_topk_prob,
             router_aux_loss_coef: the mixture-of-experts feed-forward.
         dropout: on the embedding and both residual branches, in training.
@@ -379,7 +380,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(D, K * self.head_dim, bias=False)
         self.v_proj = Linear(D, K * self.head_dim, bias=False)
         self.o_proj = Linear(H * self.head_dim, D, bias=False)
-        self.o_proj.writes_residual = True  # see MiniMindLM._init_weights
+        self.v_proj.is_value = self.o_proj.writes_residual = True  # see MiniMindLM._init_weights
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -728,10 +729,15 @@ class MiniMindLM(nn.Module):
         self.compute_chunk = chunk_cross_entropy
 
     def _init_weights(self, module):
-        std = self.config.initializer_range
+        std, zero = self.config.initializer_range, self.config.residual_init == "zero"
         if getattr(module, "writes_residual", False) and self.config.residual_init != "normal":
             scaled = std / math.sqrt(2 * self.config.num_hidden_layers)
-            nn.init.normal_(module.weight, std=0.0 if self.config.residual_init == "zero" else scaled)
+            nn.init.normal_(module.weight, std=0.0 if zero else scaled)
+        elif getattr(module, "is_value", False) and zero:
+            # Before attention has learned where to look, a value is a random picture of an average of tokens.
+            # The smaller it starts, the sooner what is learned outweighs it, which decides how good a wide
+            # model is after its first hundred steps; after thousands it makes no difference.
+            nn.init.normal_(module.weight, std=0.2 * std)
         elif isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, RMSNorm):

@@ -423,7 +423,8 @@ def measure_throughput(args, result):
         run["spread"] = spread([r["tokens_per_second"] for r in all_runs])
         dtype = contender_dtype(args, name, machine)
         run["dtype"] = dtype
-        run["mfu"] = run["tokens_per_second"] * machine["flops_per_token"] / machine["peaks"][dtype]
+        peak = machine["peaks"].get(dtype) or machine["peaks"]["float32"]  # what 8-bit products replace
+        run["mfu"] = run["tokens_per_second"] * machine["flops_per_token"] / peak
         run.pop("weights", None)
         result["contenders"][name] = run
         rows.append(
@@ -471,7 +472,7 @@ def contender_dtype(args, name, machine) -> str:
         return "bfloat16" if name == "minimind_fast" and args.minimind_autocast else "float32"
     if name == "transformers" and args.peer_dtype != "auto":
         return args.peer_dtype
-    return machine["dtype"]
+    return machine["our_dtype" if name == "ours" else "dtype"]
 
 
 def measure_quality(args, result):

@@ -461,6 +461,7 @@ def job_describe(job: dict) -> dict:
         total, active = count_parameters(MiniMindForCausalLM(config))
     device = torch.device(job["device"])
     best = runtime.choose_dtype("auto", device)
+    ours = runtime.choose_dtype("auto", device, config.hidden_size >= runtime.INTEGERS_PAY_FROM_WIDTH)
     peaks = {}
     for dtype in dict.fromkeys((torch.float32, best)):
         name = str(dtype).removeprefix("torch.")
@@ -479,6 +480,7 @@ def job_describe(job: dict) -> dict:
         capability=capability,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         dtype=str(best).removeprefix("torch."),
+        our_dtype=str(ours).removeprefix("torch."),
         peaks=peaks,
         parameters=total,
         flops_per_token=flops_per_token(config, job["max_seq_len"], active),

@@ -179,7 +179,8 @@ def test_data_is_found_in_the_usual_places(monkeypatch, tmp_path, capsys):
     assert cli.find_data(args, ["pretrain_hq.jsonl"], "pretrain.jsonl") == "mine.jsonl"
 
 
-def settled(*flags, device="cpu", rows=256):
+def settled(*flags, device="cpu", rows=256, width=256):
+    flags = ["--hidden_size", width, *flags]
     args = cli.stage_parser("doc", max_seq_len=rows).parse_args([str(flag) for flag in flags])
     cli.settle(args, device)
     return args
@@ -188,7 +189,9 @@ def settled(*flags, device="cpu", rows=256):
 def test_defaults_of_the_optimizers_follow_the_size_of_a_step():
     large, small = settled("--batch_size", 16), settled("--batch_size", 4)
     assert (large.learning_rate, large.muon_lr, large.muon_momentum) == (0.01, 0.02, 0.95)
-    assert (small.learning_rate, small.muon_lr) == (0.02, 0.005)
+    assert (small.learning_rate, small.muon_lr) == (0.01, 0.005)
+    wide, narrow = settled("--batch_size", 4, width=1024), settled("--batch_size", 4, width=64)
+    assert (wide.learning_rate, narrow.learning_rate) == (0.005, 0.01), "sinks with width"
     assert large.betas == pytest.approx((0.9, 0.99)) and small.betas == pytest.approx((0.6, 0.99))
     assert small.muon_momentum == pytest.approx(0.8)
     tiny = settled("--batch_size", 1)

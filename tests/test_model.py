@@ -346,6 +346,8 @@ def test_projections_into_the_residual_stream_start_as_asked(moe):
         for name, p in model.named_parameters():
             if p.ndim == 2:
                 expected = std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                if setting == "zero" and name.endswith("v_proj.weight"):
+                    expected = 0.02 / 5
                 assert abs(p.std().item() - expected) <= 0.2 * expected, name
 
 

@@ -566,9 +566,9 @@ def settle(args, device_type: str):
     2.8 sqrt(expected tokens) tokens, at least 512: a fit to the best of a few runs between 0.05 and 2.5
     million tokens. Neighbours in a text resemble each other, so a small step learns more from many
     short rows than from few long ones. And a run of small steps is a run of few steps: between
-    1,024 and 4,096 tokens its optimizers average over fewer of them, Muon's rate is lower, and the
-    embeddings' higher: they have fewer steps to reach their place. Between 1,024 and 512 Muon's rate
-    falls with the square root of the step.
+    1,024 and 4,096 tokens its optimizers average over fewer of them, and Muon's rate is lower. Between
+    1,024 and 512 Muon's rate falls with the square root of the step. The embeddings' rate falls with the
+    square root of the width, from 256 on.
     """
     if args.from_resume:
         inherit(args)
@@ -584,8 +584,9 @@ def settle(args, device_type: str):
         args.batch_size = max(multiple, round(tokens / row / multiple) * multiple)
     tokens = args.batch_size * args.accumulation_steps * args.max_seq_len
     size = min(1.0, max(0.25, tokens / 4096)) if args.optimizer == "muon" else 1.0
+    width = model_config(args).hidden_size
     defaults = {
-        "learning_rate": 1e-2 / size**0.5 if args.optimizer == "muon" else 2e-3,
+        "learning_rate": 1e-2 * min(1.0, 256 / width) ** 0.5 if args.optimizer == "muon" else 2e-3,
         "betas": (1 - 0.1 / size, 0.99),
         "muon_lr": 0.02 * size * min(1.0, max(0.5, tokens / 1024)) ** 0.5,
         "muon_momentum": 1 - 0.05 / size,
