@@ -504,6 +504,17 @@ class PackedDataset:
         sums = np.concatenate([[0], np.cumsum(per_piece)])
         return sums[self.row_offsets[1:]] - sums[self.row_offsets[:-1]]
 
+    def thinned(self, num_rows):
+        """The same data with evenly spaced rows only, at most `num_rows` of them and at least one."""
+        if num_rows >= len(self):
+            return self
+        rows = np.linspace(0, len(self) - 1, max(1, num_rows)).round().astype(np.int64)
+        counts = self.row_offsets[rows + 1] - self.row_offsets[rows]
+        pieces = _ranges(self.row_offsets[rows], counts)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        same = (self.max_seq_len, self.pad_id, self.token_bytes, self._report)
+        return PackedDataset(self.caches, self.starts[pieces], self.lengths[pieces], offsets, *same)
+
     def report(self):
         """What became of the data: counts, and shares in percent."""
         slots = len(self) * self.max_seq_len

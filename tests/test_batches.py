@@ -1,6 +1,7 @@
 """Which rows make up a step: every row once per epoch, the same rows for any number of processes."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -191,6 +192,38 @@ def test_max_minutes_is_turned_into_steps(schedule, stay, tmp_path, monkeypatch,
     assert timed_tokens == counted_tokens, "the first steps count, too"
     train("pretrain", tmp_path / "timed", *timed, "--from_resume", 1)
     assert f"{fitting[0]} of {fitting[0]} steps are done" in capsys.readouterr().out and len(fitting) == 1
+
+
+def test_a_short_run_validates_on_a_part_of_what_is_held_out(tmp_path, monkeypatch, capsys):
+    from trainer import cli
+
+    monkeypatch.setattr(batches, "steps_for_minutes", lambda *_: (2, []))
+    lines = [{"text": f"text {i} " * 9} for i in range(400)]
+    data = ["--data_path", write_lines(tmp_path, "many.jsonl", lines), "--val_fraction", 0.25]
+
+    def held_out(*more):
+        train("pretrain", tmp_path / "run", *data, *more)
+        return re.search(r"held out: ([\d,]+) rows", capsys.readouterr().out)[1]
+
+    def timed(minutes):
+        return held_out("--max_steps", 0, "--max_minutes", minutes)
+
+    whole = held_out()
+    assert int(whole) > 10 and timed(60) == whole
+    monkeypatch.setattr(cli, "validation_tokens", lambda args: 3.5 * args.max_seq_len)
+    assert timed(60) == "3" and held_out() == whole
+
+
+def test_the_share_of_validation_follows_from_the_model_and_the_time():
+    from trainer import cli
+
+    def tokens(*flags):
+        args = stage_module("pretrain").parse_args([str(flag) for flag in flags])
+        cli.settle(args, "cpu")
+        return cli.validation_tokens(args)
+
+    one, ten = (tokens("--preset", "tiny", "--max_seq_len", 64, "--max_minutes", m) for m in (1, 10))
+    assert ten == pytest.approx(10 * one) and one > tokens("--max_seq_len", 64, "--max_minutes", 1) > 1000
 
 
 def test_the_steps_that_fit_follow_from_the_median_time(dataset, monkeypatch):

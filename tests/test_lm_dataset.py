@@ -462,6 +462,20 @@ def test_held_out_documents_are_disjoint_fixed_and_complete(tmp_path):
     assert {t.split("<|im_end|>")[0] for t in spaces} == set(texts(val))
 
 
+def test_a_thinned_set_has_evenly_spaced_rows_of_the_whole(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": f"document {i} " * (1 + i % 7)} for i in range(90)])
+    whole, _ = load_pretrain(file, repo_tokenizer(), 32)
+    part = whole.thinned(5)
+    picked = [round(i * (len(whole) - 1) / 4) for i in range(5)]
+    assert len(part) == 5 and len(whole) > 10
+    for ours, row in zip(range(5), picked):
+        for name, tensor in part[ours].items():
+            assert tensor.equal(whole[row][name]), name
+    assert part.num_bytes == sum(whole.row_bytes(row) for row in picked)
+    assert part.num_targets == sum(whole.row_targets[row] for row in picked)
+    assert whole.thinned(len(whole)) is whole and len(whole.thinned(0)) == 1
+
+
 def test_the_same_question_is_never_on_both_sides(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [chat(f"question {i % 20}", f"answer {i}") for i in range(100)])
     train, val = load_sft(file, repo_tokenizer(), 256, val_fraction=0.3)

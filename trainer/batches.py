@@ -233,8 +233,9 @@ def validation_batches(dataset, args, rt):
 def load(loader, path, tokenizer, args, rt):
     """(train, val) of a stage, by `load_pretrain` or `load_sft`: val is --val_path, or the held-out share
     of the training data, or None. The first process of a machine builds the token cache, the others open
-    it."""
-    from trainer import runtime
+    it. On a CPU a run by --max_minutes has a part of the held-out share, which it validates in little
+    time."""
+    from trainer import cli, runtime
 
     options = {"cache_dir": args.cache_dir, "pack": bool(args.pack), "num_workers": args.num_workers}
     val_fraction = 0.0 if args.val_path else args.val_fraction
@@ -247,6 +248,8 @@ def load(loader, path, tokenizer, args, rt):
     if val is not None and val.num_targets == 0:
         rt.print(f"no validation: --val_fraction {args.val_fraction} of this file holds out no document")
         val = None
+    if val is not None and not args.val_path and args.max_minutes and rt.device.type == "cpu":
+        val = val.thinned(int(cli.validation_tokens(args) / args.max_seq_len))
     return train, val
 
 
