@@ -212,7 +212,7 @@ def test_a_new_run_says_that_it_will_replace_an_old_one(tmp_path, capsys):
     [
         (["--seed", 7], "--seed 42 -> 7"),
         (["--batch_size", 5], "rows per step .* 4 -> 5"),
-        (["--learning_rate", 0.5], "--learning_rate 0.02 -> 0.5"),
+        (["--learning_rate", 0.5], "--learning_rate 0.01 -> 0.5"),
         (["--schedule", "cosine"], "--schedule wsd -> cosine"),
         (["--optimizer", "adamw"], "--optimizer muon -> adamw"),
         (["--max_steps", 9], "steps .* 6 -> 9"),
