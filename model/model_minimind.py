@@ -736,7 +736,7 @@ class MiniMindLM(nn.Module):
         elif getattr(module, "is_value", False) and zero:
             # Before attention has learned where to look, a value is a random picture of an average of tokens.
             # The smaller it starts, the sooner what is learned outweighs it, which decides how good a wide
-            # model is after its first hundred steps; after thousands it makes no difference.
+            # model is after its first hundred steps; a narrow one hardly notices.
             nn.init.normal_(module.weight, std=0.2 * std)
         elif isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
