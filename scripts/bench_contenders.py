@@ -461,7 +461,7 @@ def job_describe(job: dict) -> dict:
         total, active = count_parameters(MiniMindForCausalLM(config))
     device = torch.device(job["device"])
     best = runtime.choose_dtype("auto", device)
-    ours = runtime.choose_dtype("auto", device, config.hidden_size >= runtime.INTEGERS_PAY_FROM_WIDTH)
+    ours = runtime.choose_dtype("auto", device, config.hidden_size)
     peaks = {}
     for dtype in dict.fromkeys((torch.float32, best)):
         name = str(dtype).removeprefix("torch.")

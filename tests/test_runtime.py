@@ -61,21 +61,24 @@ def test_auto_dtype_follows_the_hardware(monkeypatch):
 
 
 def test_int8_is_for_cpus_that_have_its_products_and_auto_takes_it_for_wide_models(monkeypatch):
-    for able, wide, expected in [
-        (True, True, torch.int8),
-        (True, False, torch.float32),
-        (False, True, torch.float32),
+    for able, width, expected in [
+        (True, 256, torch.int8),
+        (True, 128, torch.float32),
+        (True, 0, torch.float32),  # a script that trains no model
+        (False, 512, torch.float32),
     ]:
         monkeypatch.setattr(runtime, "multiplies_integers", lambda device, able=able: able)
         monkeypatch.setattr(runtime, "prefers_bfloat16", lambda device: False)
-        assert runtime.choose_dtype("auto", CPU, wide) == expected
+        assert runtime.choose_dtype("auto", CPU, width) == expected
         monkeypatch.setattr(runtime, "prefers_bfloat16", lambda device: True)
-        assert runtime.choose_dtype("auto", CPU, wide) == torch.bfloat16
+        assert runtime.choose_dtype("auto", CPU, width) == torch.bfloat16
     with pytest.raises(runtime.TrainingError, match="--dtype int8 needs a CPU"):
         runtime.choose_dtype("int8", CPU)
-    narrow = train_pretrain.parse_args(["--hidden_size", "128"])
-    assert not runtime.pays_in_integers(narrow) and runtime.pays_in_integers(train_pretrain.parse_args([]))
-    assert not runtime.pays_in_integers(SimpleNamespace())  # a script that trains no model
+    monkeypatch.setattr(runtime, "multiplies_integers", lambda device: True)
+    monkeypatch.setattr(runtime, "prefers_bfloat16", lambda device: False)
+    for width, expected in [(128, torch.float32), (256, torch.int8)]:
+        args = train_pretrain.parse_args(["--device", "cpu", "--hidden_size", str(width)])
+        assert runtime.start(args).dtype == expected
 
 
 def test_draws_are_a_function_of_seed_step_and_rank():

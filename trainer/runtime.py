@@ -124,7 +124,8 @@ def start(args) -> Runtime:
     set_threads(getattr(args, "num_threads", 0), device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dtype = choose_dtype(getattr(args, "dtype", "auto"), device, pays_in_integers(args))
+    width = model_config(args).hidden_size if hasattr(args, "hidden_size") else 0
+    dtype = choose_dtype(getattr(args, "dtype", "auto"), device, width)
     if hasattr(args, "learning_rate"):  # the flags of a stage
         settle(args, device.type)
     rt = Runtime(device, dtype, seed=args.seed, local_rank=local_rank)
@@ -207,15 +208,18 @@ def choose_device(wanted: str, world_size: int = 1, local_rank: int = 0) -> torc
     return device
 
 
-def choose_dtype(wanted: str, device: torch.device, wide: bool = False) -> torch.dtype:
+def choose_dtype(wanted: str, device: torch.device, width: int = 0) -> torch.dtype:
     """`auto`: bfloat16 where this machine multiplies it faster than float32, else float16 with loss scaling
-    on CUDA, else products of 8-bit integers for a `wide` model on a CPU that has them, else float32."""
+    on CUDA, else products of 8-bit integers on a CPU that has them, if the model that is trained has a
+    `width` where they save more than rounding costs; else float32."""
     if wanted in (None, "auto"):
         if prefers_bfloat16(device):
             return torch.bfloat16
         if device.type == "cuda":
             return torch.float16
-        return torch.int8 if wide and multiplies_integers(device) else torch.float32
+        return (
+            torch.int8 if width >= INTEGERS_PAY_FROM_WIDTH and multiplies_integers(device) else torch.float32
+        )
     wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}.get(wanted, wanted)
     if wanted not in DTYPES:
         raise TrainingError(f"--dtype {wanted} is unknown; use auto, {', '.join(DTYPES)}")
@@ -229,11 +233,6 @@ def choose_dtype(wanted: str, device: torch.device, wide: bool = False) -> torch
             f"{device.type} is not; use --dtype auto"
         )
     return DTYPES[wanted]
-
-
-def pays_in_integers(args) -> bool:
-    """Whether the products are wide enough for 8-bit integers to save more than rounding costs."""
-    return hasattr(args, "hidden_size") and model_config(args).hidden_size >= INTEGERS_PAY_FROM_WIDTH
 
 
 def set_threads(num_threads: int, device: torch.device):
