@@ -36,7 +36,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.model_minimind import attention, block_biases, rope_frequencies, route
-from model.precision import has_packed_products, multiplies_integers, prefers_bfloat16, round_to_integers
+from model.precision import (
+    cpu_features,
+    has_packed_products,
+    multiplies_integers,
+    prefers_bfloat16,
+    prefers_integers,
+    round_to_integers,
+)
 
 # ---------------------------------------------------------------------------------------------------------
 # What is asked for, and what comes back
@@ -169,8 +176,8 @@ def sample(logits, sampling: Sampling, uniform, seen=None) -> tuple[torch.Tensor
     if seen is not None and sampling.repetition_penalty != 1:
         logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, log_of(torch.softmax(logits, -1), tokens)
+        best, tokens = logits.max(-1)  # faster than argmax
+        return tokens, best - logits.logsumexp(-1)
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
     if sampling.top_k or sampling.top_p < 1:
@@ -334,7 +341,8 @@ def common_end(text: str, stop: str) -> int:
 
 
 def choose_dtype(wanted, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where this machine multiplies it faster than float32."""
+    """The type of all that is not multiplied in 8 bits. auto: bfloat16 where this machine multiplies it
+    faster than float32."""
     if isinstance(wanted, torch.dtype):
         return wanted
     if wanted in (None, "auto", "int8"):
@@ -362,23 +370,12 @@ def weight_of(linear: nn.Module) -> torch.Tensor:
 
 
 class Linear:
-    """y = x W^T with W in the layout the kernels like best.
+    """y = x W^T with W in the layout the kernels like best, on x86 CPUs oneDNN's packed one: up to 2.5 times
+    as fast as torch's own product. With `norm`, the weight of an RMSNorm, `of_norm` normalises x first."""
 
-    On x86 CPUs oneDNN's packed matrices are up to 2.5 times as fast as torch's own product. With `int8`,
-    weights are rounded to 8 bits with one scale per output, and where the CPU has instructions for products
-    of 8-bit numbers, so are the inputs (`integer_product`); elsewhere the rounded weights are multiplied as
-    they are, in `dtype`.
-    """
-
-    def __init__(self, weight: torch.Tensor, dtype: torch.dtype, int8: bool = False):
-        self.integers = None
-        if int8:
-            rounded, scale = round_to_integers(weight.float())
-            if multiplies_integers(weight.device):
-                self.integers = rounded.t(), scale.t()
-                return
-            weight = rounded * scale
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype, norm: torch.Tensor | None = None):
         weight = weight.to(dtype)
+        self.norm = None if norm is None else norm.to(dtype, copy=True)
         self.packed = (
             weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and has_packed_products()
         )
@@ -389,79 +386,130 @@ class Linear:
 
     def __call__(self, x):
         """x (n, in) -> (n, out)."""
-        if self.integers is not None:
-            return integer_product(x, *self.integers)
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
         return F.linear(x, self.weight)
 
+    def of_norm(self, x, eps):
+        """RMSNorm(x) W^T."""
+        return self(rms_norm(x, self.norm, eps))
+
     def add(self, x, residual):
         """residual + x W^T."""
-        if self.integers is None and self.packed:
+        if self.packed:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, None, "add")
         return self(x).add_(residual)
 
 
-def integer_product(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """x (n, in), weight (in, out) int8, weight_scale (1, out) -> (n, out) in x's type. Every row of x is
-    rounded by its own scale (LLM.int8(), https://arxiv.org/abs/2208.07339, section 3.1, vector-wise), and
-    sums of whole numbers are exact: a row's product does not depend on its neighbours."""
-    rounded, scale = round_to_integers(x)
-    sums = torch._int_mm(rounded, weight)  # int32
-    return (sums * (scale * weight_scale)).to(x.dtype)
+class IntegerLinear:
+    """`Linear` in products of 8-bit integers: weights are rounded with one scale per output, every row of x
+    by its own (LLM.int8(), https://arxiv.org/abs/2208.07339, section 3.1, vector-wise). Sums of whole numbers
+    are exact, so a row's product does not depend on its neighbours. The scales are multiplied last, and with
+    them 1 / RMS of a normalised row: rounding x or x / RMS gives the same whole numbers. The norm's weight is
+    in W.
+    """
+
+    def __init__(self, weight: torch.Tensor, norm: torch.Tensor | None = None):
+        rounded, scale = round_to_integers(weight.float() if norm is None else weight.float() * norm)
+        self.weight, self.scale = rounded.t(), scale.t() / 127
+        self.limit = torch.tensor(127.0)
+
+    def product(self, x):
+        """x (n, in) -> y (n, out), r (n, 1) float32, so that x W^T = r y."""
+        if x.numel() < 8192:  # which of the two is faster
+            peak = x.abs().amax(-1, keepdim=True)
+        else:
+            peak = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
+        peak = peak.float()
+        # A row of zeros becomes NaN and any whole numbers, and their product, times a peak of 0, is 0.
+        rounded = (x * (self.limit / peak)).round_().to(torch.int8)
+        return torch._int_mm(rounded, self.weight).float().mul_(self.scale), peak
+
+    def __call__(self, x):
+        y, r = self.product(x)
+        return y.mul_(r).to(x.dtype)
+
+    def of_norm(self, x, eps):
+        y, r = self.product(x)
+        return y.mul_(inverse_rms(x.float(), eps).mul_(r)).to(x.dtype)
+
+    def add(self, x, residual):
+        y, r = self.product(x)
+        return torch.addcmul(residual.float(), y, r).to(x.dtype)
+
+
+def pack(weight, norm, dtype, int8) -> Linear | IntegerLinear:
+    """With int8 on a machine without products of 8-bit numbers, the rounded weights in `dtype`."""
+    if not int8:
+        return Linear(weight, dtype, norm)
+    if multiplies_integers(weight.device):
+        return IntegerLinear(weight, norm)
+    rounded, scale = round_to_integers(weight.float())
+    return Linear(rounded * scale, dtype, norm)
 
 
 class Layer:
     """The weights of one block, fused."""
 
-    def __init__(self, block, make: Callable[[torch.Tensor], Linear], config, dtype):
+    def __init__(self, block, make: Callable[..., Linear | IntegerLinear], config, dtype):
         attention = block.self_attn
         K, hd = config.num_key_value_heads, config.head_dim
         q, k, v = (weight_of(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         D = q.shape[1]
         # Output rows ordered by key/value head: its R queries, its key, its value.
         grouped = [w.view(K, -1, hd, D) for w in (q, k, v)]
-        self.qkv = make(torch.cat(grouped, dim=1).reshape(-1, D))
+        self.qkv = make(torch.cat(grouped, dim=1).reshape(-1, D), block.input_layernorm.weight.detach())
         self.out = make(weight_of(attention.o_proj))
         self.head_norm = None
         if config.qk_norm:
             R = config.num_attention_heads // K
             rows = [attention.q_norm.weight.detach()] * R + [attention.k_norm.weight.detach()]
             self.head_norm = torch.stack(rows).to(dtype)  # (R + 1, hd)
-        self.attention_norm = block.input_layernorm.weight.detach().to(dtype, copy=True)
-        self.mlp_norm = block.post_attention_layernorm.weight.detach().to(dtype, copy=True)
-        mlp = block.mlp
+        mlp, mlp_norm = block.mlp, block.post_attention_layernorm.weight.detach()
         self.router = None
         if config.use_moe:
+            self.mlp_norm = mlp_norm.to(dtype, copy=True)
             self.router = mlp.gate.weight.detach().float().clone()
             self.experts = [FusedMLP(expert, make) for expert in mlp.experts]
             self.shared = [FusedMLP(e, make) for e in mlp.shared_experts] if mlp.has_shared else []
         else:
-            self.mlp = FusedMLP(mlp, make)
+            self.mlp = FusedMLP(mlp, make, mlp_norm)
 
 
 class FusedMLP:
-    def __init__(self, mlp, make):
-        self.gate_up = make(torch.cat((weight_of(mlp.gate_proj), weight_of(mlp.up_proj))))
+    """SwiGLU; with `norm` after an RMSNorm."""
+
+    def __init__(self, mlp, make, norm=None):
+        self.gate_up = make(torch.cat((weight_of(mlp.gate_proj), weight_of(mlp.up_proj))), norm)
         self.down = make(weight_of(mlp.down_proj))
 
-    def hidden(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
     def __call__(self, x):
-        return self.down(self.hidden(x))
+        return self.down(gated(self.gate_up(x)))
 
     def add(self, x, residual):
-        return self.down.add(self.hidden(x), residual)
+        """residual + SwiGLU(x)."""
+        return self.down.add(gated(self.gate_up(x)), residual)
+
+    def add_of_norm(self, x, eps):
+        """x + SwiGLU(RMSNorm(x))."""
+        return self.down.add(gated(self.gate_up.of_norm(x, eps)), x)
+
+
+def gated(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 def rms_norm(x, weight, eps):
     """As the model's RMSNorm in fewer, cheaper calls; eps is a tensor (1,) float32."""
     x32 = x.float()
-    length = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
-    scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
-    return (x32 * scale).to(x.dtype).mul_(weight)
+    return (x32 * inverse_rms(x32, eps)).to(x.dtype).mul_(weight)
+
+
+def inverse_rms(x, eps):
+    """x (..., D) float32 -> 1 / sqrt(mean of squares + eps), (..., 1)."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -478,14 +526,16 @@ class KeyValueCache:
 
     torch's bfloat16 product copies an operand that is not dense, which took half of its time: with many rows
     it gets the whole block, masked where nothing was written yet, and the block grows in small steps
-    (`dense`). Few rows, and GPUs, take the fused kernel; it reads the filled part in place, and so does the
-    float32 product.
+    (`dense`). Few rows, GPUs, and CPUs where bfloat16 products are slow take the fused kernel; it reads the
+    filled part in place, and so does the float32 product.
     """
 
     def __init__(self, L, K, hd, pad: list[int], length: int, limit: int, dtype, device):
         self.K, self.length, self.limit, self.pad = K, length, limit, pad
         self.rows = len(pad)
-        self.fused = dtype != torch.float32 and (self.rows < 4 or device.type != "cpu")
+        self.fused = dtype != torch.float32 and (
+            self.rows < 4 or device.type != "cpu" or not prefers_bfloat16(device)
+        )
         self.dense = dtype != torch.float32 and not self.fused
         shape = (L, self.rows * K, self.room(length + 128), hd)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
@@ -579,16 +629,20 @@ class Generator:
     Args:
         model: a MiniMindLM, dense or mixture. It may go on training: changed parameters are noticed
             at the next call (`refresh()` does it at once, and is needed after writing to `parameter.data`).
-        dtype: "auto" = bfloat16 where this machine multiplies it faster, else float32; "int8" = 8-bit
-            weights, and products of 8-bit numbers where the CPU has them.
+        dtype: "auto" = as in training: bfloat16 where this machine multiplies it faster, else int8 for models
+            at least 256 wide on CPUs with fast products of 8-bit numbers, else float32; "int8" = 8-bit
+            weights, and such products where the CPU has them.
         max_rows: rows in flight at once; more are done in turns.
-        prefill_tokens: prompt tokens read at once: bounds memory, and what fits the cache is faster.
+        prefill_tokens: prompt tokens read at once: bounds memory, and what fits the cache is faster; 0 =
+            2,048, with int8 512.
     """
 
-    def __init__(self, model, dtype="auto", max_rows: int = 256, prefill_tokens: int = 2048):
+    def __init__(self, model, dtype="auto", max_rows: int = 256, prefill_tokens: int = 0):
         self.model, self.config = model, model.config
         self.device = next(model.parameters()).device
-        self.int8 = dtype == "int8"
+        self.int8 = dtype == "int8" or (
+            dtype in (None, "auto") and prefers_integers(self.device, model.config.hidden_size)
+        )
         if self.int8 and not multiplies_integers(self.device):
             warnings.warn(
                 f"int8 saves no time on this {self.device.type}: it has no fast products of 8-bit numbers "
@@ -596,7 +650,10 @@ class Generator:
                 stacklevel=2,
             )
         self.dtype = choose_dtype(dtype, self.device)
-        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
+        # With 8-bit products a large part of a step is the reading of keys and values: half the bytes.
+        halve = self.int8 and self.device.type == "cpu" and cpu_features().get("avx512_bf16")
+        self.cache_dtype = torch.bfloat16 if halve else self.dtype
+        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens or (512 if self.int8 else 2048)
         c = self.config
         self.K, self.hd = c.num_key_value_heads, c.head_dim
         self.R = c.num_attention_heads // self.K
@@ -611,13 +668,12 @@ class Generator:
         """Take the model's weights as they are now (20-40 ms for 26M parameters)."""
         model, dtype = self.model, self.dtype
 
-        def make(weight):
-            return Linear(weight, dtype, self.int8)
+        def make(weight, norm=None):
+            return pack(weight, norm, dtype, self.int8)
 
         self.embedding = model.model.embed_tokens.weight.detach().to(dtype, copy=True)
         self.layers = [Layer(block, make, self.config, dtype) for block in model.model.layers]
-        self.norm = model.model.norm.weight.detach().to(dtype, copy=True)
-        self.head = make(weight_of(model.lm_head))
+        self.head = make(weight_of(model.lm_head), model.model.norm.weight.detach())
         self.tables: tuple[torch.Tensor, torch.Tensor] | None = None
         self.versions = self.current_versions()
 
@@ -645,9 +701,9 @@ class Generator:
 
     def feed_forward(self, layer: Layer, x):
         """x (N, D) -> x + MLP(norm(x))."""
-        h = rms_norm(x, layer.mlp_norm, self.eps)
         if layer.router is None:
-            return layer.mlp.add(h, x)
+            return layer.mlp.add_of_norm(x, self.eps)
+        h = rms_norm(x, layer.mlp_norm, self.eps)
         logits = F.linear(h.float(), layer.router)
         _, weights, experts = route(logits, self.config.num_experts_per_tok, self.config.norm_topk_prob)
         choices = experts.reshape(-1)
@@ -695,8 +751,7 @@ class Generator:
         cos, sin = (t[positions].to(self.dtype)[:, None, None] for t in (cos, sin))  # (tokens, 1, 1, hd)
         x = self.embedding[torch.tensor([t for p in prompts for t in p], device=self.device)]
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(rms_norm(x, layer.attention_norm, self.eps))
-            qkv = qkv.view(-1, K, R + 2, hd)
+            qkv = layer.qkv.of_norm(x, self.eps).view(-1, K, R + 2, hd)
             qk, v = qkv[:, :, : R + 1], qkv[:, :, R + 1]
             if layer.head_norm is not None:
                 qk = rms_norm(qk, layer.head_norm, self.eps)
@@ -716,7 +771,7 @@ class Generator:
         return self.logits(x[ends])
 
     def logits(self, x):
-        return self.head(rms_norm(x, self.norm, self.eps))
+        return self.head.of_norm(x, self.eps)
 
     def decode(self, tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         """tokens (n,) -> logits (n, V) of the tokens after them; they take the cache's next slot."""
@@ -735,7 +790,7 @@ class Generator:
         keys, values, bias = cache.visible(n)
         x = self.embedding[tokens]
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(rms_norm(x, layer.attention_norm, eps)).view(n * K, R + 2, hd)
+            qkv = layer.qkv.of_norm(x, eps).view(n * K, R + 2, hd)
             qk = qkv[:, : R + 1]
             if layer.head_norm is not None:
                 qk = rms_norm(qk, layer.head_norm, eps)
@@ -744,9 +799,9 @@ class Generator:
             new_values[i].copy_(qkv[:, R + 1])
             q = qk[:, :R]
             if cache.fused:
-                heads = (t.unsqueeze(0) for t in (q, keys[i], values[i]))
+                heads = (t.unsqueeze(0) for t in (q.to(keys[i].dtype), keys[i], values[i]))
                 mask = None if bias is None else bias.unsqueeze(0)
-                out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=1.0)
+                out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=1.0).to(x.dtype)
             else:
                 scores = torch.bmm(q, keys[i].transpose(1, 2))
                 if bias is not None:
@@ -816,7 +871,8 @@ class Generator:
         longest = len(prompts[-1])
         cache = KeyValueCache(
             len(self.layers), self.K, self.hd, pad=[longest - len(r.prompt) for r in rows], length=longest,
-            limit=min(longest + sampling.max_new_tokens, limit + longest), dtype=self.dtype, device=device,
+            limit=min(longest + sampling.max_new_tokens, limit + longest),
+            dtype=self.cache_dtype, device=device,
         )  # fmt: skip
         logits = self.prefill(prompts, N, cache)
         seen = None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -22,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model import generation
+from model import generation, precision
 from model.generation import Generator, Sampling, TextStream, generate, sample, sampling_log_probs, uniforms
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.precision import round_to_integers
@@ -277,15 +278,32 @@ def test_products_of_rounded_numbers_are_exact_and_rows_do_not_depend_on_neighbo
     x[3], weight[5] = 7.0, 7.0  # sums of 96 products of 127 with 127
     if not generation.multiplies_integers(torch.device("cpu")):
         pytest.skip("this CPU has no products of 8-bit numbers")
-    layer = generation.Linear(weight, torch.float32, int8=True)
+    layer = generation.pack(weight, None, torch.float32, int8=True)
     (a, a_scale), (b, b_scale) = round_to_integers(x), round_to_integers(weight)
     expected = (a.double() @ b.double().t()) * a_scale.double() * b_scale.double().t()
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-6, atol=1e-12)
     for i in (0, 3, 32):
         assert torch.equal(layer(x[i : i + 1]), layer(x)[i : i + 1])
     torch.testing.assert_close(layer.add(x, torch.ones(33, 64)), layer(x) + 1)
+    assert torch.equal(layer(torch.zeros(2, 96)), torch.zeros(2, 64))
+    for wrong in (math.nan, math.inf):
+        x[1, 2] = wrong
+        assert layer(x)[1].isnan().all() and layer(x)[2].isfinite().all()
+    x[1, 2] = 0
     half = layer(x.bfloat16())
     assert half.dtype == torch.bfloat16 and (half.float() - layer(x)).norm() < 0.02 * layer(x).norm()
+
+
+def test_a_norm_before_a_product_of_rounded_numbers_is_multiplied_after_it():
+    if not generation.multiplies_integers(torch.device("cpu")):
+        pytest.skip("this CPU has no products of 8-bit numbers")
+    norm, eps = torch.rand(96) + 0.5, torch.full((1,), 1e-5)
+    weight = torch.randn(64, 96)
+    layer = generation.pack(weight, norm, torch.float32, int8=True)
+    for rows in (5, 200):  # few and many rows find their peaks in two ways
+        x = torch.randn(rows, 96) * torch.logspace(-2, 2, rows)[:, None]
+        expected = F.rms_norm(x.double(), (96,), norm.double(), 1e-5) @ weight.double().t()
+        assert (layer.of_norm(x, eps) - expected).norm() < 0.015 * expected.norm()
 
 
 def test_int8_without_integer_products_multiplies_the_rounded_weights(monkeypatch):
@@ -294,8 +312,23 @@ def test_int8_without_integer_products_multiplies_the_rounded_weights(monkeypatc
     with pytest.warns(UserWarning, match="int8 saves no time"):
         Generator(tiny(), "int8")
     rounded, scale = round_to_integers(weight)
-    layer = generation.Linear(weight, torch.float32, int8=True)
+    layer = generation.pack(weight, None, torch.float32, int8=True)
     torch.testing.assert_close(layer(x), x @ (rounded * scale).t())
+
+
+def test_auto_multiplies_as_training_does(monkeypatch):
+    model, wide = tiny(), tiny(hidden_size=256)
+    for fast_integers, fast_bfloat16, expected in [
+        (True, False, (torch.float32, True)),
+        (True, True, (torch.bfloat16, False)),
+        (False, False, (torch.float32, False)),
+    ]:
+        for module in (generation, precision):
+            monkeypatch.setattr(module, "multiplies_integers", lambda device, fast=fast_integers: fast)
+            monkeypatch.setattr(module, "prefers_bfloat16", lambda device, fast=fast_bfloat16: fast)
+        engine = Generator(wide)
+        assert (engine.dtype, engine.int8) == expected
+        assert not Generator(model).int8 and not Generator(wide, "float32").int8
 
 
 def test_more_rows_than_fit_are_done_in_turns_with_the_same_answers():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from train_helpers import REPO  # noqa: F401  (puts the repo on the path)
 
+from model import precision
 from model.model_minimind import MiniMindConfig, MiniMindLM
 from trainer import runtime, train_pretrain
 
@@ -61,21 +62,24 @@ def test_auto_dtype_follows_the_hardware(monkeypatch):
 
 
 def test_int8_is_for_cpus_that_have_its_products_and_auto_takes_it_for_wide_models(monkeypatch):
+    def machine(integers: bool, bfloat16: bool):
+        for module in (precision, runtime):
+            monkeypatch.setattr(module, "multiplies_integers", lambda device: integers)
+            monkeypatch.setattr(module, "prefers_bfloat16", lambda device: bfloat16)
+
     for able, width, expected in [
         (True, 256, torch.int8),
         (True, 128, torch.float32),
         (True, 0, torch.float32),  # a script that trains no model
         (False, 512, torch.float32),
     ]:
-        monkeypatch.setattr(runtime, "multiplies_integers", lambda device, able=able: able)
-        monkeypatch.setattr(runtime, "prefers_bfloat16", lambda device: False)
+        machine(able, bfloat16=False)
         assert runtime.choose_dtype("auto", CPU, width) == expected
-        monkeypatch.setattr(runtime, "prefers_bfloat16", lambda device: True)
+        machine(able, bfloat16=True)
         assert runtime.choose_dtype("auto", CPU, width) == torch.bfloat16
     with pytest.raises(runtime.TrainingError, match="--dtype int8 needs a CPU"):
         runtime.choose_dtype("int8", CPU)
-    monkeypatch.setattr(runtime, "multiplies_integers", lambda device: True)
-    monkeypatch.setattr(runtime, "prefers_bfloat16", lambda device: False)
+    machine(True, bfloat16=False)
     for width, expected in [(128, torch.float32), (256, torch.int8)]:
         args = train_pretrain.parse_args(["--device", "cpu", "--hidden_size", str(width)])
         assert runtime.start(args).dtype == expected

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model.precision import integer_products, multiplies_integers, prefers_bfloat16
+from model.precision import integer_products, multiplies_integers, prefers_bfloat16, prefers_integers
 from trainer.cli import model_config, settle
 
 DTYPES = {
@@ -36,7 +36,6 @@ DTYPES = {
     "float16": torch.float16,
     "int8": torch.int8,  # products of the blocks only, see model/precision.py; all else float32
 }
-INTEGERS_PAY_FROM_WIDTH = 256  # there steps are 1.1 times as fast, 1.3 times compiled
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
 SECOND_CTRL_C_AFTER = 1.0  # seconds; a terminal and torchrun both pass on one and the same Ctrl-C
 MAX_OVERFLOWS = (
@@ -217,9 +216,7 @@ def choose_dtype(wanted: str, device: torch.device, width: int = 0) -> torch.dty
             return torch.bfloat16
         if device.type == "cuda":
             return torch.float16
-        return (
-            torch.int8 if width >= INTEGERS_PAY_FROM_WIDTH and multiplies_integers(device) else torch.float32
-        )
+        return torch.int8 if prefers_integers(device, width) else torch.float32
     wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}.get(wanted, wanted)
     if wanted not in DTYPES:
         raise TrainingError(f"--dtype {wanted} is unknown; use auto, {', '.join(DTYPES)}")
