@@ -588,7 +588,7 @@ def bench_generate(args) -> dict:
     args.shape, machine = describe(args)
     say(f"machine    {machine_line(machine)}")
     warn_if_busy(args)
-    dtypes = args.dtypes or list(dict.fromkeys(["float32", machine["dtype"]]))
+    dtypes = args.dtypes or list(dict.fromkeys(["float32", machine["dtype"], machine["our_dtype"]]))
     if "float32" not in dtypes:
         dtypes.insert(0, "float32")  # greedy outputs are compared in it
     found = run_job(
@@ -621,20 +621,21 @@ def bench_generate(args) -> dict:
         if not any(name.startswith(peer) for name in names):
             continue
         for b in args.batches:
-            best = {
-                who: max((speed[n, b], n) for n in names if n.startswith(who) and "int8" not in n)
-                for who in ("ours", peer)
-            }
-            ratio = best["ours"][0] / best[peer][0]
-            ratios = dict(best=ratio, float32=speed["ours float32", b] / speed[f"{peer} float32", b])
-            if "ours int8" in names:
-                ratios["int8"] = speed["ours int8", b] / best[peer][0]
+            theirs, peer_name = max((speed[n, b], n) for n in names if n.startswith(peer))
+            ours, our_name = max((speed[n, b], n) for n in names if n.startswith("ours") and "int8" not in n)
+            ratios = {"best float type": ours / theirs}
+            ratios["both float32"] = speed["ours float32", b] / speed[f"{peer} float32", b]
+            auto = f"ours {machine['our_dtype']}"
+            if auto in names:
+                ours, our_name = speed[auto, b], auto
+                ratios = {f"auto ({machine['our_dtype']})": ours / theirs} | ratios
             result["ratios"][f"{peer} {b}"] = ratios
-            shown = ", ".join(f"{value:.2f}x {what}" for what, value in ratios.items())
-            say(f"ours / {peer}, batch {b}: {shown}")
-            a, c = (f"{best[who][1]}: {best[who][0]:,.0f} tokens/s at batch {b}" for who in (peer, "ours"))
-            others = ", ".join(f"{what} {value:.2f}x" for what, value in ratios.items() if what != "best")
-            result["rows"].append(ledger_row(args, a, c, f"{ratio:.2f}x ({others})", machine, note))
+            say(f"ours / {peer}, batch {b}: " + ", ".join(f"{x:.2f}x {what}" for what, x in ratios.items()))
+            a = f"{peer_name}: {theirs:,.0f} tokens/s at batch {b}"
+            c = f"{our_name}: {ours:,.0f} tokens/s at batch {b}"
+            first, *others = ratios.items()
+            others = ", ".join(f"{what} {value:.2f}x" for what, value in others)
+            result["rows"].append(ledger_row(args, a, c, f"{first[1]:.2f}x ({others})", machine, note))
     return result
 
 
