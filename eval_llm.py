@@ -125,8 +125,8 @@ def parse_args(argv=None):
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16", "int8"),
-        help="auto = bfloat16 where this machine multiplies it faster, else float32; int8 = 8-bit "
-        "weights and products: less exact, faster on CPUs with VNNI, no faster elsewhere",
+        help="auto = the fastest here: bfloat16 where this machine is quick at it, else int8 on CPUs with VNNI, "
+        "else float32; int8 = 8-bit weights and products: less exact, no faster without VNNI",
     )
 
     g = parser.add_argument_group("what to ask")
@@ -295,7 +295,7 @@ class Native:
         # MiniMind's file names tell the stage, ours tell it themselves
         self.is_base = path.name.startswith("pretrain") or metadata.get("stage") == "pretrain"
         self.engine = Generator(model.to(device), args.dtype)
-        dtype = "int8" if args.dtype == "int8" else str(self.engine.dtype).removeprefix("torch.")
+        dtype = "int8" if self.engine.int8 else str(self.engine.dtype).removeprefix("torch.")
         million = count_parameters(model)[0] / 1e6
         say(f"{checkpoint.shown(path)}: {million:.2f}M parameters, {dtype}, {device}")
 
