@@ -342,15 +342,13 @@ def common_end(text: str, stop: str) -> int:
 
 def choose_dtype(wanted, device: torch.device) -> torch.dtype:
     """The type of all that is not multiplied in 8 bits. auto: bfloat16 where this machine multiplies it
-    faster than float32."""
+    faster than float32, else float16 on CUDA, else float32."""
     if isinstance(wanted, torch.dtype):
         return wanted
     if wanted in (None, "auto", "int8"):
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        if device.type == "cpu" and prefers_bfloat16(device):
+        if prefers_bfloat16(device):
             return torch.bfloat16
-        return torch.float32
+        return torch.float16 if device.type == "cuda" else torch.float32
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     dtype = getattr(torch, names.get(wanted, wanted), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -401,27 +399,29 @@ class Linear:
         return self(x).add_(residual)
 
 
-class IntegerLinear:
+class RoundedLinear:
     """`Linear` in products of 8-bit integers: weights are rounded with one scale per output, every row of x
     by its own (LLM.int8(), https://arxiv.org/abs/2208.07339, section 3.1, vector-wise). Sums of whole numbers
     are exact, so a row's product does not depend on its neighbours. The scales are multiplied last, and with
     them 1 / RMS of a normalised row: rounding x or x / RMS gives the same whole numbers. The norm's weight is
-    in W.
+    multiplied into W, which also keeps it from widening the range of a row (gamma migration,
+    https://arxiv.org/abs/2209.13325, section 4.1).
     """
 
     def __init__(self, weight: torch.Tensor, norm: torch.Tensor | None = None):
         rounded, scale = round_to_integers(weight.float() if norm is None else weight.float() * norm)
-        self.weight, self.scale = rounded.t(), scale.t() / 127
-        self.limit = torch.tensor(127.0)
+        self.weight = rounded.t()
+        self.scale = scale.t() / 127  # a row of x is divided by its peak / 127 and multiplied by its peak
+        self.limit = torch.tensor(127.0)  # 127 / peak is two calls with a number, one with a tensor
 
     def product(self, x):
         """x (n, in) -> y (n, out), r (n, 1) float32, so that x W^T = r y."""
-        if x.numel() < 8192:  # which of the two is faster
+        if x.numel() < 8192:  # both find the same, which one faster depends on the size
             peak = x.abs().amax(-1, keepdim=True)
         else:
             peak = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
         peak = peak.float()
-        # A row of zeros becomes NaN and any whole numbers, and their product, times a peak of 0, is 0.
+        # A row of zeros becomes NaN, then arbitrary whole numbers; times a peak of 0 their product is 0.
         rounded = (x * (self.limit / peak)).round_().to(torch.int8)
         return torch._int_mm(rounded, self.weight).float().mul_(self.scale), peak
 
@@ -438,12 +438,12 @@ class IntegerLinear:
         return torch.addcmul(residual.float(), y, r).to(x.dtype)
 
 
-def pack(weight, norm, dtype, int8) -> Linear | IntegerLinear:
+def pack(weight, norm, dtype, int8) -> Linear | RoundedLinear:
     """With int8 on a machine without products of 8-bit numbers, the rounded weights in `dtype`."""
     if not int8:
         return Linear(weight, dtype, norm)
     if multiplies_integers(weight.device):
-        return IntegerLinear(weight, norm)
+        return RoundedLinear(weight, norm)
     rounded, scale = round_to_integers(weight.float())
     return Linear(rounded * scale, dtype, norm)
 
@@ -451,7 +451,7 @@ def pack(weight, norm, dtype, int8) -> Linear | IntegerLinear:
 class Layer:
     """The weights of one block, fused."""
 
-    def __init__(self, block, make: Callable[..., Linear | IntegerLinear], config, dtype):
+    def __init__(self, block, make: Callable[..., Linear | RoundedLinear], config, dtype):
         attention = block.self_attn
         K, hd = config.num_key_value_heads, config.head_dim
         q, k, v = (weight_of(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
@@ -633,8 +633,8 @@ class Generator:
             at least 256 wide on CPUs with fast products of 8-bit numbers, else float32; "int8" = 8-bit
             weights, and such products where the CPU has them.
         max_rows: rows in flight at once; more are done in turns.
-        prefill_tokens: prompt tokens read at once: bounds memory, and what fits the cache is faster; 0 =
-            2,048, with int8 512.
+        prefill_tokens: prompts are read together up to so many tokens at once (a longer one alone): bounds
+            memory, and what fits the caches is faster; 0 = 2,048, with 8-bit products 512.
     """
 
     def __init__(self, model, dtype="auto", max_rows: int = 256, prefill_tokens: int = 0):
@@ -643,7 +643,8 @@ class Generator:
         self.int8 = dtype == "int8" or (
             dtype in (None, "auto") and prefers_integers(self.device, model.config.hidden_size)
         )
-        if self.int8 and not multiplies_integers(self.device):
+        integers = self.int8 and multiplies_integers(self.device)
+        if self.int8 and not integers:
             warnings.warn(
                 f"int8 saves no time on this {self.device.type}: it has no fast products of 8-bit numbers "
                 "(CPUs with VNNI have); the rounded weights are multiplied as any others",
@@ -651,9 +652,9 @@ class Generator:
             )
         self.dtype = choose_dtype(dtype, self.device)
         # With 8-bit products a large part of a step is the reading of keys and values: half the bytes.
-        halve = self.int8 and self.device.type == "cpu" and cpu_features().get("avx512_bf16")
+        halve = integers and cpu_features().get("avx512_bf16")
         self.cache_dtype = torch.bfloat16 if halve else self.dtype
-        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens or (512 if self.int8 else 2048)
+        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens or (512 if integers else 2048)
         c = self.config
         self.K, self.hd = c.num_key_value_heads, c.head_dim
         self.R = c.num_attention_heads // self.K

@@ -621,22 +621,33 @@ def bench_generate(args) -> dict:
         if not any(name.startswith(peer) for name in names):
             continue
         for b in args.batches:
-            theirs, peer_name = max((speed[n, b], n) for n in names if n.startswith(peer))
-            ours, our_name = max((speed[n, b], n) for n in names if n.startswith("ours") and "int8" not in n)
-            ratios = {"best float type": ours / theirs}
-            ratios["both float32"] = speed["ours float32", b] / speed[f"{peer} float32", b]
-            auto = f"ours {machine['our_dtype']}"
-            if auto in names:
-                ours, our_name = speed[auto, b], auto
-                ratios = {f"auto ({machine['our_dtype']})": ours / theirs} | ratios
+            at_batch = {name: tokens for (name, batch), tokens in speed.items() if batch == b}
+            theirs, ours, ratios = compare_generation(at_batch, peer, machine["our_dtype"])
             result["ratios"][f"{peer} {b}"] = ratios
-            say(f"ours / {peer}, batch {b}: " + ", ".join(f"{x:.2f}x {what}" for what, x in ratios.items()))
-            a = f"{peer_name}: {theirs:,.0f} tokens/s at batch {b}"
-            c = f"{our_name}: {ours:,.0f} tokens/s at batch {b}"
-            first, *others = ratios.items()
-            others = ", ".join(f"{what} {value:.2f}x" for what, value in others)
-            result["rows"].append(ledger_row(args, a, c, f"{first[1]:.2f}x ({others})", machine, note))
+            shown = [f"{ratio:.2f}x {what}" for what, ratio in ratios.items()]
+            say(f"ours / {peer}, batch {b}: {', '.join(shown)}")
+            a, c = (f"{name}: {at_batch[name]:,.0f} tokens/s at batch {b}" for name in (theirs, ours))
+            result["rows"].append(
+                ledger_row(args, a, c, f"{shown[0]} ({', '.join(shown[1:])})", machine, note)
+            )
     return result
+
+
+def compare_generation(speed: dict[str, float], peer: str, auto: str) -> tuple[str, str, dict[str, float]]:
+    """Tokens/s of every engine at one batch size -> the peer's fastest engine, ours in what `--dtype auto`
+    takes (our fastest float type, if that was not run), and the ratios, that one first."""
+    theirs = max((name for name in speed if name.startswith(peer)), key=speed.get)
+    floats = [name for name in speed if name.startswith("ours") and "int8" not in name]
+    ours = best_float = max(floats, key=speed.get)
+    ratios = {}
+    if f"ours {auto}" in speed:
+        ours = f"ours {auto}"
+        ratios[f"auto ({auto})"] = speed[ours] / speed[theirs]
+    ratios["best float type"] = speed[best_float] / speed[theirs]
+    ratios["both float32"] = speed["ours float32"] / speed[f"{peer} float32"]
+    if auto != "int8" and "ours int8" in speed:
+        ratios["int8"] = speed["ours int8"] / speed[theirs]
+    return theirs, ours, ratios
 
 
 # --------------------------------------------------------------------------------------------------
@@ -973,7 +984,7 @@ def add_generate_flags(parser):
             "dtypes",
             names,
             None,
-            "float32,bfloat16,int8 (ours only); without it float32 and the machine's best",
+            "float32,bfloat16,int8 (ours only); without it float32, the machine's best and what auto takes",
         ),
     )
 

@@ -84,7 +84,7 @@ def examine(
     from dataset.mini_eval import is_correct
     from model.generation import Generator
 
-    engine = engine or Generator(model)
+    engine = engine or Generator(model, "float32")
     result = {"metrics": {}, "intervals": {}, "items": {}, "wrong": {}, "groups": {}}
     metrics = result["metrics"]
     metrics["bits_per_byte"] = bits_per_byte(model, tokenizer, data_dir / "pretrain_heldout.jsonl")
@@ -144,9 +144,9 @@ def parse_args(argv=None):
     parser.add_argument("--items", type=int, default=0, help="questions per exam, 0 = all (default: 0)")
     parser.add_argument(
         "--dtype",
-        default="auto",
+        default="float32",
         choices=("auto", "float32", "bfloat16", "int8"),
-        help="of the answers (default: auto; bits_per_byte is always float32)",
+        help="of the answers (default: float32, the same on every machine; bits_per_byte is always float32)",
     )
     parser.add_argument("--num_threads", type=int, default=0, help="CPU threads, 0 = all (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")

@@ -174,6 +174,20 @@ def test_generation_makes_identical_tokens_and_counts_them(qk_norm, threads):
     assert all(len(r["seconds"]) == 1 and r["tokens_per_second"] > 0 for r in found["results"])
 
 
+def test_the_ratio_of_what_auto_takes_comes_first():
+    speed = {"transformers float32": 100.0, "transformers bfloat16": 80.0, "MiniMind float32": 50.0}
+    speed |= {"ours float32": 150.0, "ours bfloat16": 160.0, "ours int8": 300.0, "(products alone) int8": 9e3}
+    theirs, ours, ratios = bench.compare_generation(speed, "transformers", "int8")
+    assert (theirs, ours) == ("transformers float32", "ours int8")
+    assert list(ratios.items()) == [("auto (int8)", 3.0), ("best float type", 1.6), ("both float32", 1.5)]
+    _, ours, ratios = bench.compare_generation(speed, "MiniMind", "bfloat16")
+    assert ours == "ours bfloat16" and next(iter(ratios.items())) == ("auto (bfloat16)", 3.2)
+    assert ratios["int8"] == 6.0
+    del speed["ours int8"]
+    _, ours, ratios = bench.compare_generation(speed, "transformers", "int8")
+    assert ours == "ours bfloat16" and next(iter(ratios)) == "best float type"
+
+
 def test_data_job_counts_what_the_dataset_holds(text_file, tmp_path, threads):
     job = dict(
         train_path=text_file, tokenizer=str(ROOT / "model"), max_seq_len=64, cache_dir=tmp_path / "cache",

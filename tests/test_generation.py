@@ -27,6 +27,7 @@ from model import generation, precision
 from model.generation import Generator, Sampling, TextStream, generate, sample, sampling_log_probs, uniforms
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.precision import round_to_integers
+from trainer import runtime
 
 V = 211
 KINDS = {
@@ -233,14 +234,18 @@ def test_left_padded_batch_through_the_model_equals_single_rows(kind, dtype, tol
         assert (row[-len(prompt) :] - alone).abs().max() < tolerance * max(1, alone.abs().max() / 4)
 
 
-@pytest.mark.parametrize("dtype,tolerance", [("float32", 3e-5), ("bfloat16", 0.2)])
+@pytest.mark.parametrize(
+    "dtype,tolerance,quick", [("float32", 3e-5, True), ("bfloat16", 0.2, True), ("bfloat16", 0.2, False)]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_of_unequal_prompts_equals_single_rows(kind, dtype, tolerance):
-    """Five rows attend otherwise than one in bfloat16: both are held to the model's uncached pass."""
+def test_a_batch_of_unequal_prompts_equals_single_rows(monkeypatch, kind, dtype, tolerance, quick):
+    """In bfloat16, where its products are quick, five rows attend otherwise than one: both are held to the
+    model's uncached pass."""
+    monkeypatch.setattr(generation, "prefers_bfloat16", lambda device: quick)
     model = tiny(kind)
     engine = Generator(model, dtype)
     prompts = random_prompts(3, 20, 7, 7, 12)
-    settings = dict(max_new_tokens=16, seed=3, ignore_eos=True)  # past 32 slots, where a bfloat16 cache grows
+    settings = dict(max_new_tokens=16, seed=3, ignore_eos=True)  # past 32 slots, where a dense cache grows
     errors = []
     for prompt, answer in zip(prompts, engine.generate(prompts, **settings)):
         (alone,) = engine.generate([prompt], **settings)
@@ -266,7 +271,7 @@ def test_the_cache_grows_beyond_its_first_block():
 @pytest.mark.parametrize("kind", KINDS)
 def test_int8_stays_close_to_float32(kind):
     model = tiny(kind)
-    prompts = random_prompts(*[8] * 6)
+    prompts = random_prompts(8, 3, 8, 12, 5, 8)
     answers = Generator(model, "int8").generate(prompts, max_new_tokens=16, seed=0, ignore_eos=True)
     off = torch.cat([a.logprobs - scored(model, p, a.ids) for p, a in zip(prompts, answers)])
     # Weights of another seed are off by 5. A mixture's router now and then picks another expert.
@@ -285,10 +290,13 @@ def test_products_of_rounded_numbers_are_exact_and_rows_do_not_depend_on_neighbo
     for i in (0, 3, 32):
         assert torch.equal(layer(x[i : i + 1]), layer(x)[i : i + 1])
     torch.testing.assert_close(layer.add(x, torch.ones(33, 64)), layer(x) + 1)
-    assert torch.equal(layer(torch.zeros(2, 96)), torch.zeros(2, 64))
+    zeros, eps = torch.zeros(2, 96), torch.full((1,), 1e-5)
+    for y in (layer(zeros), layer.of_norm(zeros, eps), layer.add(zeros, torch.zeros(2, 64))):
+        assert torch.equal(y, torch.zeros(2, 64))
     for wrong in (math.nan, math.inf):
         x[1, 2] = wrong
-        assert layer(x)[1].isnan().all() and layer(x)[2].isfinite().all()
+        for y in (layer(x), layer.of_norm(x, eps), layer.add(x, torch.ones(33, 64))):
+            assert not y[1].isfinite().any() and y[2].isfinite().all()
     x[1, 2] = 0
     half = layer(x.bfloat16())
     assert half.dtype == torch.bfloat16 and (half.float() - layer(x)).norm() < 0.02 * layer(x).norm()
@@ -304,6 +312,8 @@ def test_a_norm_before_a_product_of_rounded_numbers_is_multiplied_after_it():
         x = torch.randn(rows, 96) * torch.logspace(-2, 2, rows)[:, None]
         expected = F.rms_norm(x.double(), (96,), norm.double(), 1e-5) @ weight.double().t()
         assert (layer.of_norm(x, eps) - expected).norm() < 0.015 * expected.norm()
+        half = layer.of_norm(x.bfloat16(), eps)
+        assert half.dtype == torch.bfloat16 and (half - expected).norm() < 0.02 * expected.norm()
 
 
 def test_int8_without_integer_products_multiplies_the_rounded_weights(monkeypatch):
@@ -316,19 +326,29 @@ def test_int8_without_integer_products_multiplies_the_rounded_weights(monkeypatc
     torch.testing.assert_close(layer(x), x @ (rounded * scale).t())
 
 
-def test_auto_multiplies_as_training_does(monkeypatch):
-    model, wide = tiny(), tiny(hidden_size=256)
-    for fast_integers, fast_bfloat16, expected in [
-        (True, False, (torch.float32, True)),
-        (True, True, (torch.bfloat16, False)),
-        (False, False, (torch.float32, False)),
-    ]:
-        for module in (generation, precision):
-            monkeypatch.setattr(module, "multiplies_integers", lambda device, fast=fast_integers: fast)
-            monkeypatch.setattr(module, "prefers_bfloat16", lambda device, fast=fast_bfloat16: fast)
-        engine = Generator(wide)
-        assert (engine.dtype, engine.int8) == expected
-        assert not Generator(model).int8 and not Generator(wide, "float32").int8
+@pytest.mark.parametrize("integers, bfloat16", [(True, False), (True, True), (False, False), (False, True)])
+def test_auto_multiplies_as_training_does(monkeypatch, integers, bfloat16):
+    for module in (generation, precision, runtime):
+        monkeypatch.setattr(module, "multiplies_integers", lambda device: integers)
+        monkeypatch.setattr(module, "prefers_bfloat16", lambda device: bfloat16)
+    for width in (64, 256):
+        engine = Generator(tiny(hidden_size=width))
+        auto = runtime.choose_dtype("auto", torch.device("cpu"), width)
+        assert (torch.int8 if engine.int8 else engine.dtype) == auto
+        assert not Generator(tiny(hidden_size=width), "float32").int8
+    for device in map(torch.device, ("cuda", "mps")):
+        assert generation.choose_dtype("auto", device) == runtime.choose_dtype("auto", device, 256)
+
+
+def test_8_bit_products_halve_the_cache_where_the_cpu_has_bfloat16_instructions(monkeypatch):
+    monkeypatch.setattr(generation, "multiplies_integers", lambda device: True)
+    for able, cache in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(generation, "cpu_features", lambda able=able: {"avx512_bf16": able})
+        monkeypatch.setattr(generation, "prefers_bfloat16", lambda device: False)
+        engine = Generator(tiny(), "int8")
+        assert (engine.dtype, engine.cache_dtype, engine.prefill_tokens) == (torch.float32, cache, 512)
+        engine = Generator(tiny(), "float32")
+        assert (engine.cache_dtype, engine.prefill_tokens) == (torch.float32, 2048)
 
 
 def test_more_rows_than_fit_are_done_in_turns_with_the_same_answers():
