@@ -125,8 +125,8 @@ def parse_args(argv=None):
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16", "int8"),
-        help="auto = bfloat16 where this machine multiplies it faster, else int8 on CPUs with VNNI for models "
-        "at least 256 wide, else float32 (float16 on CUDA); int8 = 8-bit weights and products: a little less "
+        help="auto = bfloat16 where this machine multiplies it faster, else int8 on CPUs with VNNI (models "
+        "at least 256 wide), else float32 (float16 on CUDA); int8 = 8-bit weights and products: less "
         "exact, no faster without VNNI, not for transformers folders",
     )
 
