@@ -320,9 +320,11 @@ def run_ours(args, name, more, cold_compile=False) -> dict:
 
 
 def long_run_flags(args) -> list:
-    """A run of seconds is not compiled by itself; speed is about the long runs, which are."""
+    """A run of seconds is not compiled by itself, and on a CPU it chooses small steps of short rows; speed is
+    about long runs."""
     compiler = args.device == "cuda" or any(map(shutil.which, ("g++", "clang++", "cl")))
-    return ["--use_compile", int(bool(compiler))]
+    flags = ["--use_compile", int(bool(compiler))]
+    return flags + (["--batch_size", 8, "--max_seq_len", args.max_seq_len] if args.device == "cpu" else [])
 
 
 def ours_shape_flags(args) -> list:
