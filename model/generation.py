@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.ahead_of_time import EXAMPLE_ROWS, ahead_of_time
 from model.model_minimind import attention, block_biases, rope_frequencies, route
 from model.precision import (
     cpu_features,
@@ -166,7 +167,15 @@ def sampling_log_probs(logits: torch.Tensor, sampling: Sampling, seen: torch.Ten
     return torch.log_softmax(logits, dim=-1)
 
 
-def sample(logits, sampling: Sampling, uniform, seen=None) -> tuple[torch.Tensor, torch.Tensor]:
+def likeliest(logits) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (n, V) float32 -> every row's likeliest token (n,) int64 and its log-prob (n,)."""
+    best, tokens = logits.max(-1)  # faster than argmax
+    return tokens, best - logits.logsumexp(-1)
+
+
+def sample(
+    logits, sampling: Sampling, uniform, seen=None, greedy=likeliest
+) -> tuple[torch.Tensor, torch.Tensor]:
     """logits (n, V), one number in [0, 1) per row (n,) -> tokens (n,) int64 and their log-probs (n,) float32.
 
     The token is where the running sum of probabilities passes the row's number, so a row's choice depends on
@@ -176,8 +185,7 @@ def sample(logits, sampling: Sampling, uniform, seen=None) -> tuple[torch.Tensor
     if seen is not None and sampling.repetition_penalty != 1:
         logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        best, tokens = logits.max(-1)  # faster than argmax
-        return tokens, best - logits.logsumexp(-1)
+        return greedy(logits)
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
     if sampling.top_k or sampling.top_p < 1:
@@ -399,6 +407,9 @@ class Linear:
         return self(x).add_(residual)
 
 
+LIMIT = torch.tensor(127.0)  # divided by another tensor this is one call, a number is two
+
+
 class RoundedLinear:
     """`Linear` in products of 8-bit integers: weights are rounded with one scale per output, every row of x
     by its own (LLM.int8(), https://arxiv.org/abs/2208.07339, section 3.1, vector-wise). Sums of whole numbers
@@ -412,17 +423,16 @@ class RoundedLinear:
         rounded, scale = round_to_integers(weight.float() if norm is None else weight.float() * norm)
         self.weight = rounded.t()
         self.scale = scale.t() / 127  # a row of x is divided by its peak / 127 and multiplied by its peak
-        self.limit = torch.tensor(127.0)  # 127 / peak is two calls with a number, one with a tensor
 
     def product(self, x):
         """x (n, in) -> y (n, out), r (n, 1) float32, so that x W^T = r y."""
-        if x.numel() < 8192:  # both find the same, which one faster depends on the size
+        if torch.compiler.is_compiling() or x.numel() < 8192:  # the same, which is faster depends on the size
             peak = x.abs().amax(-1, keepdim=True)
         else:
             peak = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
         peak = peak.float()
         # A row of zeros becomes NaN, then arbitrary whole numbers; times a peak of 0 their product is 0.
-        rounded = (x * (self.limit / peak)).round_().to(torch.int8)
+        rounded = (x * (LIMIT / peak)).round_().to(torch.int8)
         return torch._int_mm(rounded, self.weight).float().mul_(self.scale), peak
 
     def __call__(self, x):
@@ -435,7 +445,7 @@ class RoundedLinear:
 
     def add(self, x, residual):
         y, r = self.product(x)
-        return torch.addcmul(residual.float(), y, r).to(x.dtype)
+        return torch.addcmul(residual.float(), y, r).to(residual.dtype)
 
 
 def pack(weight, norm, dtype, int8) -> Linear | RoundedLinear:
@@ -635,9 +645,12 @@ class Generator:
         max_rows: rows in flight at once; more are done in turns.
         prefill_tokens: prompts are read together up to so many tokens at once (a longer one alone): bounds
             memory, and what fits the caches is faster; 0 = 2,048, with 8-bit products 512.
+        compile: compile what lies between the attentions of a dense model's layers, where products are of
+            8-bit numbers: a quarter to a half less time. The compiler (torch needs a C++ one, such as g++)
+            takes about a minute the first time. Compiled code rounds differently in the last place.
     """
 
-    def __init__(self, model, dtype="auto", max_rows: int = 256, prefill_tokens: int = 0):
+    def __init__(self, model, dtype="auto", max_rows: int = 256, prefill_tokens: int = 0, compile=False):
         self.model, self.config = model, model.config
         self.device = next(model.parameters()).device
         self.int8 = dtype == "int8" or (
@@ -660,7 +673,18 @@ class Generator:
         self.R = c.num_attention_heads // self.K
         self.scale = self.hd**-0.5
         self.eps = torch.full((1,), c.rms_norm_eps, device=self.device)
+        self.compiled = {}
         self.refresh()
+        self.can_compile = integers and not c.use_moe
+        if compile and not self.can_compile:
+            warnings.warn("not compiled: that is for dense models in products of 8-bit numbers", stacklevel=2)
+        elif compile:
+            try:
+                self.compile_all()
+            except Exception as error:  # whatever the compiler stack raises, uncompiled code still works
+                first_line = (str(error).strip().splitlines() or [""])[0]
+                reason = f"{type(error).__name__}: {first_line[:200]}"
+                warnings.warn(f"not compiled ({reason}); it needs a C++ compiler such as g++", stacklevel=2)
 
     # ---- weights -----------------------------------------------------------------------------------------
 
@@ -694,11 +718,60 @@ class Generator:
             )
         return self.tables
 
+    def angles(self, positions, length: int):
+        """cos and sin (N, 1, 1, hd) at positions (N,) below `length`."""
+        return (t[positions.to(self.device), None, None].to(self.dtype) for t in self.rotary(length))
+
     # ---- layers ------------------------------------------------------------------------------------------
+    # A layer's attention reads the cache; all that lies between two of them is one function, and with
+    # `compile` one compiled function.
 
     def rotate(self, x, cos, sin):
         """x (..., hd) turned by its angle: swapping halves and signing sin equals the model's `rotate`."""
         return torch.addcmul(x * cos, x.roll(self.hd // 2, dims=-1), sin)
+
+    def read(self, layer: Layer, x, cos, sin):
+        """x (N, D), cos and sin (N or 1, 1, 1, hd) -> rotated queries and keys (N, K, R + 1, hd), the values
+        (N, K, hd)."""
+        qkv = layer.qkv.of_norm(x, self.eps).view(-1, self.K, self.R + 2, self.hd)
+        qk = qkv[:, :, :-1]
+        if layer.head_norm is not None:
+            qk = rms_norm(qk, layer.head_norm, self.eps)
+        return self.rotate(qk, cos, sin), qkv[:, :, -1]
+
+    def between(self, layer: Layer, following: Layer, out, x, cos, sin):
+        """From what one layer's attention found, out (N, K * R * hd), to what the next one needs: x (N, D),
+        and as `read`."""
+        x = self.feed_forward(layer, layer.out.add(out, x))
+        return x, *self.read(following, x, cos, sin)
+
+    def end(self, layer: Layer, head: RoundedLinear, out, x):
+        """From what the last layer's attention found to the logits (N, V)."""
+        return head.of_norm(self.feed_forward(layer, layer.out.add(out, x)), self.eps)
+
+    def call(self, function, weights: list, rows: list[torch.Tensor]):
+        """function(*weights, *rows), by its compiled version if there is one."""
+        compiled = self.compiled.get(function.__name__)
+        return compiled(weights, rows) if compiled else function(*weights, *rows)
+
+    def compile_all(self):
+        """Compile the stretches between attentions, and the choice of the likeliest token."""
+        D, heads, angles = self.config.hidden_size, self.K * self.R * self.hd, (1, 1, self.hd)
+        x, out, cos, sin, logits = (
+            torch.zeros(EXAMPLE_ROWS, *shape)
+            for shape in ((D,), (heads,), angles, angles, (self.config.vocab_size,))
+        )
+        out = out.to(self.cache_dtype)
+        layer, facts = self.layers[0], [self.K, self.R, self.hd, self.config.rms_norm_eps]
+        self.compiled = {
+            function.__name__: ahead_of_time(function, weights, rows, facts)
+            for function, weights, rows in (
+                (self.read, [layer], [x, cos, sin]),
+                (self.between, [layer, layer], [out, x, cos, sin]),
+                (self.end, [layer, self.head], [out, x]),
+                (likeliest, [], [logits]),
+            )
+        }
 
     def feed_forward(self, layer: Layer, x):
         """x (N, D) -> x + MLP(norm(x))."""
@@ -747,17 +820,12 @@ class Generator:
                 mask = block_biases(T, None, self.dtype, self.device)
             groups.append((start, G, T, row, mask))
             start, row = start + G * T, row + G * N
-        cos, sin = self.rotary(len(prompts[-1]))
-        positions = torch.cat([torch.arange(len(p)) for p in prompts]).to(self.device)
-        cos, sin = (t[positions].to(self.dtype)[:, None, None] for t in (cos, sin))  # (tokens, 1, 1, hd)
+        positions = torch.cat([torch.arange(len(p)) for p in prompts])
+        cos, sin = self.angles(positions, len(prompts[-1]))
         x = self.embedding[torch.tensor([t for p in prompts for t in p], device=self.device)]
-        for i, layer in enumerate(self.layers):
-            qkv = layer.qkv.of_norm(x, self.eps).view(-1, K, R + 2, hd)
-            qk, v = qkv[:, :, : R + 1], qkv[:, :, R + 1]
-            if layer.head_norm is not None:
-                qk = rms_norm(qk, layer.head_norm, self.eps)
-            qk = self.rotate(qk, cos, sin)
-            out = torch.empty(x.shape[0], K * R * hd, dtype=x.dtype, device=x.device)
+        qk, v = self.call(self.read, self.layers[:1], [x, cos, sin])
+        for i in range(len(self.layers)):
+            out = torch.empty(x.shape[0], K * R * hd, dtype=self.cache_dtype, device=x.device)
             for start, G, T, row, mask in groups:
                 part = slice(start, start + G * T)
                 q = qk[part, :, :R].reshape(G, T, K * R, hd)
@@ -765,51 +833,43 @@ class Generator:
                 rows, slots = slice(row * K, (row + G * N) * K), slice(cache.length - T, cache.length)
                 for block, new in ((cache.keys, k), (cache.values, value)):
                     block[i, rows, slots].view(G, N, K, T, hd).copy_(new.transpose(1, 2)[:, None])
-                attended = attention(q, k, value, mask)
-                out[part] = attended.reshape(G * T, -1)
-            x = self.feed_forward(layer, layer.out.add(out, x))
+                out[part] = attention(q, k, value, mask).reshape(G * T, -1)
+            if i + 1 < len(self.layers):
+                x, qk, v = self.call(self.between, self.layers[i : i + 2], [out, x, cos, sin])
         ends = torch.tensor([len(p) for p in prompts], device=self.device).cumsum(0) - 1
-        return self.logits(x[ends])
-
-    def logits(self, x):
-        return self.head.of_norm(x, self.eps)
+        return self.call(self.end, [self.layers[-1], self.head], [out[ends], x[ends]])
 
     def decode(self, tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         """tokens (n,) -> logits (n, V) of the tokens after them; they take the cache's next slot."""
-        K, R, hd, eps = self.K, self.R, self.hd, self.eps
+        K, R, hd = self.K, self.R, self.hd
         n, slot = tokens.shape[0], cache.next_slot()
-        cos, sin = self.rotary(slot + 1)
-        if cache.padded:
-            positions = (slot - torch.tensor(cache.pad, device=self.device)).repeat_interleave(K)
-            cos, sin = cos[positions], sin[positions]
-        else:
-            cos, sin = cos[slot : slot + 1], sin[slot : slot + 1]
-        scale = torch.ones(R + 1, 1, device=self.device)
-        scale[:R] = self.scale  # of the queries: then the products with keys need none
-        cos, sin = ((t[:, None] * scale).to(self.dtype) for t in (cos, sin))  # (1 or n * K, R + 1, hd)
-        new_keys, new_values = (block[:, : n * K, slot].unbind(0) for block in (cache.keys, cache.values))
+        pads = (
+            cache.pad if cache.padded or self.compiled else cache.pad[:1]
+        )  # one angle for all, if it can be
+        cos, sin = self.angles(slot - torch.tensor(pads), slot + 1)
+        new_keys, new_values = (
+            block[:, : n * K, slot].unflatten(1, (n, K)).unbind(0) for block in (cache.keys, cache.values)
+        )
         keys, values, bias = cache.visible(n)
         x = self.embedding[tokens]
-        for i, layer in enumerate(self.layers):
-            qkv = layer.qkv.of_norm(x, eps).view(n * K, R + 2, hd)
-            qk = qkv[:, : R + 1]
-            if layer.head_norm is not None:
-                qk = rms_norm(qk, layer.head_norm, eps)
-            qk = self.rotate(qk, cos, sin)
-            new_keys[i].copy_(qk[:, R])
-            new_values[i].copy_(qkv[:, R + 1])
-            q = qk[:, :R]
+        qk, v = self.call(self.read, self.layers[:1], [x, cos, sin])
+        for i in range(len(self.layers)):
+            new_keys[i].copy_(qk[:, :, R])
+            new_values[i].copy_(v)
+            q = qk.flatten(0, 1)[:, :R]
             if cache.fused:
                 heads = (t.unsqueeze(0) for t in (q.to(keys[i].dtype), keys[i], values[i]))
                 mask = None if bias is None else bias.unsqueeze(0)
-                out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=1.0).to(x.dtype)
+                out = F.scaled_dot_product_attention(*heads, attn_mask=mask)
             else:
-                scores = torch.bmm(q, keys[i].transpose(1, 2))
+                scores = torch.bmm(q * self.scale, keys[i].transpose(1, 2))
                 if bias is not None:
                     scores.add_(bias)
                 out = torch.bmm(torch.softmax(scores, dim=-1), values[i])
-            x = self.feed_forward(layer, layer.out.add(out.view(n, K * R * hd), x))
-        return self.logits(x)
+            out = out.view(n, K * R * hd)
+            if i + 1 < len(self.layers):
+                x, qk, v = self.call(self.between, self.layers[i : i + 2], [out, x, cos, sin])
+        return self.call(self.end, [self.layers[-1], self.head], [out, x])
 
     # ---- answers -----------------------------------------------------------------------------------------
 
@@ -882,10 +942,11 @@ class Generator:
             for i, row in enumerate(rows if sampling.penalize_prompt else ()):
                 seen[i, row.prompt] = True
         seeds = torch.tensor([row.seed for row in rows], device=device)
+        greedy = self.compiled.get("likeliest", likeliest)
         for step in range(sampling.max_new_tokens):
             if step % 64 == 0:
                 numbers = uniforms(seeds, step, 64)
-            tokens, logprobs = sample(logits, sampling, numbers[step % 64], seen)
+            tokens, logprobs = sample(logits, sampling, numbers[step % 64], seen, greedy)
             if seen is not None:
                 seen.scatter_(1, tokens[:, None], True)
             news, finished = [], []

@@ -596,8 +596,9 @@ def job_generate(job: dict) -> dict:
     state = {k: v for k, v in ours.state_dict().items() if k != "lm_head.weight"}
     N = job["new_tokens"]
 
-    def our_engine(dtype):
-        engine = generators[dtype] = Generator(ours, dtype=dtype)
+    def our_engine(dtype, compile=False):
+        engine = Generator(ours, dtype=dtype, compile=compile)
+        generators[f"{dtype} compiled" if engine.compiled else dtype] = engine
         return lambda prompts: [
             c.ids for c in engine.generate(prompts, max_new_tokens=N, temperature=0, ignore_eos=True)
         ]
@@ -639,6 +640,11 @@ def job_generate(job: dict) -> dict:
             if job["minimind"]:
                 engines[f"MiniMind {dtype}"] = minimind_engine(getattr(torch, dtype))
         engines[f"ours {dtype}"] = our_engine(dtype)
+        if job["compile"] and generators[dtype].can_compile:
+            print("compiling our engine; the first time on a machine takes about a minute", flush=True)
+            compiled = our_engine(dtype, compile=True)  # warns, if it cannot
+            if f"{dtype} compiled" in generators:
+                engines[f"ours {dtype} compiled"] = compiled
 
     generator = torch.Generator().manual_seed(job["seed"])
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
@@ -670,7 +676,9 @@ def job_generate(job: dict) -> dict:
             dict(batch=batch, engine=name, seconds=times, tokens_per_second=batch * N / median(times))
             for name, times in seconds.items()
         ]
-        for dtype, engine in generators.items() if not shape["use_moe"] else ():
+        for dtype, engine in generators.items():
+            if shape["use_moe"] or engine.compiled:
+                continue
             times = [products_alone(engine, batch, N) for _ in range(job["repeats"])]
             speed = batch * N / median(times)
             alone = dict(engine=f"(products alone) {dtype}", seconds=times, tokens_per_second=speed)

@@ -164,7 +164,7 @@ def test_ours_and_transformers_score_the_same_weights_alike(text_file, tmp_path,
 def test_generation_makes_identical_tokens_and_counts_them(qk_norm, threads):
     job = dict(
         shape=shape(qk_norm=qk_norm), weights=None, minimind=None, seed=3, threads=threads, device="cpu",
-        dtypes=["float32"], batches=[1, 3], new_tokens=12, prompt_tokens=5, repeats=1,
+        dtypes=["float32"], batches=[1, 3], new_tokens=12, prompt_tokens=5, repeats=1, compile=0,
     )  # fmt: skip
     found = contenders.job_generate(job)
     assert found["identical"] and min(found["different_tokens"]) > 3
@@ -180,6 +180,10 @@ def test_the_ratio_of_what_auto_takes_comes_first():
     theirs, ours, ratios = bench.compare_generation(speed, "transformers", "int8")
     assert (theirs, ours) == ("transformers float32", "ours int8")
     assert list(ratios.items()) == [("auto (int8)", 3.0), ("best float type", 1.6), ("both float32", 1.5)]
+    compiled = speed | {"ours int8 compiled": 400.0}
+    _, ours, ratios = bench.compare_generation(compiled, "transformers", "int8")
+    assert ours == "ours int8 compiled"
+    assert list(ratios.items())[:2] == [("auto (int8 compiled)", 4.0), ("auto (int8)", 3.0)]
     _, ours, ratios = bench.compare_generation(speed, "MiniMind", "bfloat16")
     assert ours == "ours bfloat16" and next(iter(ratios.items())) == ("auto (bfloat16)", 3.2)
     assert ratios["int8"] == 6.0

@@ -23,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model import generation, precision
+from model import ahead_of_time, generation, precision
 from model.generation import Generator, Sampling, TextStream, generate, sample, sampling_log_probs, uniforms
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.precision import round_to_integers
@@ -349,6 +349,93 @@ def test_8_bit_products_halve_the_cache_where_the_cpu_has_bfloat16_instructions(
         assert (engine.dtype, engine.cache_dtype, engine.prefill_tokens) == (torch.float32, cache, 512)
         engine = Generator(tiny(), "float32")
         assert (engine.cache_dtype, engine.prefill_tokens) == (torch.float32, 2048)
+
+
+@pytest.fixture(scope="module")
+def compiled_engine():
+    """Takes half a minute where nothing was compiled before."""
+    if not generation.multiplies_integers(torch.device("cpu")):
+        pytest.skip("this CPU has no products of 8-bit numbers")
+    if runtime.why_not_compile(torch.device("cpu")):
+        pytest.skip("there is no C++ compiler")
+    engine = Generator(tiny(), "int8", compile=True)
+    assert set(engine.compiled) == {"read", "between", "end", "likeliest"}
+    return engine
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 2, 7, 300])
+def test_compiled_stretches_compute_what_the_uncompiled_do(compiled_engine, rows):
+    engine = compiled_engine
+    x, out = torch.randn(rows, 64), torch.randn(rows, 4 * 24).to(engine.cache_dtype)
+    x[0] = out[0] = 0
+    cos, sin = torch.rand(2, rows, 1, 1, 24)
+    for function, weights, inputs in (
+        (engine.read, engine.layers[1:2], [x, cos, sin]),
+        (engine.between, engine.layers[:2], [out, x, cos, sin]),
+        (engine.between, engine.layers[1:], [out, x, cos, sin]),
+        (engine.end, [engine.layers[2], engine.head], [out, x]),
+        (generation.likeliest, [], [torch.randn(rows, V)]),
+    ):
+        torch.testing.assert_close(
+            engine.call(function, weights, inputs), function(*weights, *inputs), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_compiled_engine_answers_as_an_uncompiled_one_and_follows_training(compiled_engine):
+    plain = Generator(compiled_engine.model, "int8")
+    for lengths, settings in (
+        ([5, 9, 9, 3], dict(temperature=0)),
+        ([4], dict(temperature=0)),
+        ([5, 7], dict(num_return_sequences=3, seed=1, repetition_penalty=1.3)),
+    ):
+        prompts = random_prompts(*lengths)
+        with torch.no_grad():
+            compiled_engine.model.model.layers[1].mlp.up_proj.weight.mul_(0.9)
+        expected, answers = (
+            engine.generate(prompts, max_new_tokens=12, ignore_eos=True, **settings)
+            for engine in (plain, compiled_engine)
+        )
+        same = []
+        for answer, other in zip(answers, expected):
+            same.append(next((i for i, (a, b) in enumerate(zip(answer.ids, other.ids)) if a != b), 12))
+            # Where a last place decides how a number is rounded to 8 bits, logits differ in the third place.
+            assert (answer.logprobs - other.logprobs)[: same[-1]].abs().max() < 0.05
+        assert min(same) >= 1 and sum(same) >= 8 * len(answers)
+
+
+def test_what_was_compiled_once_is_found_again_and_only_where_it_fits(compiled_engine, monkeypatch):
+    def never(*args):
+        raise RuntimeError("the compiler was asked")
+
+    monkeypatch.setattr(ahead_of_time, "make_package", never)
+    model = compiled_engine.model
+    assert Generator(model, "int8", compile=True).compiled
+    for other in (
+        tiny(num_hidden_layers=1, intermediate_size=128),
+        tiny(rms_norm_eps=1e-3),
+        tiny(num_attention_heads=6),
+    ):
+        with pytest.warns(UserWarning, match="not compiled .*the compiler was asked"):
+            assert not Generator(other, "int8", compile=True).compiled
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        with pytest.warns(UserWarning, match="not compiled .*the compiler was asked"):
+            engine = Generator(model, "int8", compile=True)
+    finally:
+        torch.set_num_threads(threads)
+    prompts = random_prompts(4, 4)
+    a, b = (e.generate(prompts, max_new_tokens=5, seed=1) for e in (engine, Generator(model, "int8")))
+    assert [x.ids for x in a] == [x.ids for x in b]
+
+
+@pytest.mark.parametrize("kind, dtype", [("moe", "int8"), ("qwen3", "float32")])
+@pytest.mark.filterwarnings("ignore:int8 saves no time")
+def test_what_cannot_be_compiled_says_so_and_works(kind, dtype):
+    with pytest.warns(UserWarning, match="not compiled: that is for dense models"):
+        engine = Generator(tiny(kind), dtype, compile=True)
+    assert engine.generate(random_prompts(4), max_new_tokens=3)[0].num_tokens == 3
 
 
 def test_more_rows_than_fit_are_done_in_turns_with_the_same_answers():
