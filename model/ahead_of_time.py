@@ -50,13 +50,13 @@ class Compiled:
 
     def __call__(self, weights, rows=None):
         if rows is None:
-            return self.run([weights])
+            return self.run([weights.contiguous()])
         inputs = []
         for thing in weights:
             if not hasattr(thing, "tensors"):  # found once
                 thing.tensors = tensors_of(thing)
             inputs += thing.tensors
-        found = self.run(inputs + rows)
+        found = self.run(inputs + [x.contiguous() for x in rows])  # nothing checks how they lie in memory
         return found if len(found) > 1 else found[0]
 
 
