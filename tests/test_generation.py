@@ -351,14 +351,22 @@ def test_8_bit_products_halve_the_cache_where_the_cpu_has_bfloat16_instructions(
         assert (engine.cache_dtype, engine.prefill_tokens) == (torch.float32, 2048)
 
 
-@pytest.fixture(scope="module")
-def compiled_engine():
-    """Takes half a minute where nothing was compiled before."""
+@pytest.fixture(scope="module", params=["between", pytest.param("all", marks=pytest.mark.slow)])
+def compiled_engine(request):
+    """An engine with its longest stretch compiled, or all four: 10 s each, where that was not done before."""
     if not generation.multiplies_integers(torch.device("cpu")):
         pytest.skip("this CPU has no products of 8-bit numbers")
     if runtime.why_not_compile(torch.device("cpu")):
         pytest.skip("there is no C++ compiler")
-    engine = Generator(tiny(), "int8", compile=True)
+
+    def compile_some(function, weights, rows, facts):
+        if request.param in ("all", function.__name__):
+            return ahead_of_time.ahead_of_time(function, weights, rows, facts)
+        return lambda first, second=None: function(first) if second is None else function(*first, *second)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "ahead_of_time", compile_some)
+        engine = Generator(tiny(), "int8", compile=True)
     assert set(engine.compiled) == {"read", "between", "end", "likeliest"}
     return engine
 
@@ -409,8 +417,11 @@ def test_what_was_compiled_once_is_found_again_and_only_where_it_fits(compiled_e
         raise RuntimeError("the compiler was asked")
 
     monkeypatch.setattr(ahead_of_time, "make_package", never)
-    model = compiled_engine.model
-    assert Generator(model, "int8", compile=True).compiled
+    layers, (K, R, hd) = compiled_engine.layers, (2, 2, 24)
+    rows = [torch.zeros(ahead_of_time.EXAMPLE_ROWS, *shape) for shape in ((K * R * hd,), (64,))]
+    rows = [rows[0].to(compiled_engine.cache_dtype), rows[1], *torch.zeros(2, len(rows[0]), 1, 1, hd)]
+    facts = [K, R, hd, compiled_engine.config.rms_norm_eps]
+    assert ahead_of_time.ahead_of_time(compiled_engine.between, layers[:2], rows, facts)
     for other in (
         tiny(num_hidden_layers=1, intermediate_size=128),
         tiny(rms_norm_eps=1e-3),
