@@ -1,8 +1,8 @@
 """Functions compiled ahead of time by torch's AOTInductor: C++ from start to end, called without guards.
 
 `torch.compile` checks before every call that its code still applies; between the small products of
-generation on a CPU that takes as long as the work itself. Here the caller promises it: weights of the shapes
-compiled for, and any number of rows. What was compiled is kept in torch's own cache folder
+generation on a CPU that costs half of what compiling gains. Here the caller promises it: weights of the
+shapes compiled for, and any number of rows. What was compiled is kept in torch's own cache folder
 (`TORCHINDUCTOR_CACHE_DIR`), so that only the first process waits for the compiler.
 """
 
@@ -44,9 +44,7 @@ class Compiled:
 
     def __init__(self, path: Path):
         self.model = torch._inductor.aoti_load_package(str(path))
-        self.run = (
-            self.model.loader.run
-        )  # what calling the model does, without its handling of nested arguments
+        self.run = self.model.loader.run  # calling the model itself looks for nested arguments first
 
     def __call__(self, weights, rows=None):
         if rows is None:

@@ -684,7 +684,7 @@ class Generator:
             except Exception as error:  # whatever the compiler stack raises, uncompiled code still works
                 first_line = (str(error).strip().splitlines() or [""])[0]
                 reason = f"{type(error).__name__}: {first_line[:200]}"
-                warnings.warn(f"not compiled ({reason}); it needs a C++ compiler such as g++", stacklevel=2)
+                warnings.warn(f"not compiled ({reason}); torch needs a C++ compiler for it", stacklevel=2)
 
     # ---- weights -----------------------------------------------------------------------------------------
 
@@ -843,9 +843,8 @@ class Generator:
         """tokens (n,) -> logits (n, V) of the tokens after them; they take the cache's next slot."""
         K, R, hd = self.K, self.R, self.hd
         n, slot = tokens.shape[0], cache.next_slot()
-        pads = (
-            cache.pad if cache.padded or self.compiled else cache.pad[:1]
-        )  # one angle for all, if it can be
+        one_for_all = not (cache.padded or self.compiled)
+        pads = cache.pad[:1] if one_for_all else cache.pad
         cos, sin = self.angles(slot - torch.tensor(pads), slot + 1)
         new_keys, new_values = (
             block[:, : n * K, slot].unflatten(1, (n, K)).unbind(0) for block in (cache.keys, cache.values)

@@ -177,6 +177,8 @@ def main(args):
     if args.untrained:
         torch.manual_seed(0)
         model = MiniMindLM(model.config).eval()
+    if args.compile:
+        print("compiling the engine; the first time that takes about a minute", flush=True)
     engine = Generator(model, args.dtype, compile=args.compile)
     result = examine(model, tokenizer, args.data_dir, args.max_new_tokens, engine, args.items)
     result["conversations"] = {lang: talk(engine, tokenizer, turns) for lang, turns in CONVERSATIONS.items()}
