@@ -22,19 +22,23 @@ from model.precision import cpu_features
 EXAMPLE_ROWS = 16  # any number above 1; the code is made for all
 
 
-def ahead_of_time(function, weights: list, rows: list[torch.Tensor], facts: list) -> "Compiled":
+def ahead_of_time(
+    function, weights: list, rows: list[torch.Tensor], facts: list, free: list[dict[int, str]] | None = None
+) -> "Compiled":
     """function(*weights, *rows) compiled, or found compiled, for objects like `weights` and any number of
     rows.
 
     weights: objects whose attributes hold tensors; rows: examples with EXAMPLE_ROWS in dimension 0; facts:
-    what the function knows besides its arguments. Raises whatever torch's compiler stack raises.
+    what the function knows besides its arguments; free: the dimensions of each of `rows` that may have any
+    size, each with a name: equal names, equal sizes. Raises whatever torch's compiler stack raises.
     """
+    free = free or [{0: "rows"}] * len(rows)
     fixed = [tensor for thing in weights for tensor in tensors_of(thing)]
     path = package_path(function.__name__, fixed + rows, facts)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            package = make_package(function, weights, fixed, rows, f"{folder}/made.pt2")
+            package = make_package(function, weights, fixed, rows, free, f"{folder}/made.pt2")
             os.replace(package, path)  # another process may have done the same meanwhile
     return Compiled(path)
 
@@ -58,20 +62,25 @@ class Compiled:
         return found if len(found) > 1 else found[0]
 
 
-def make_package(function, weights, fixed, rows, path: str) -> str:
+def make_package(function, weights, fixed, rows, free, path: str) -> str:
     """Export and compile, about 10 s; what torch's parts warn each other of on the way is left out."""
-    number = torch.export.Dim("rows", max=1 << 24)
-    shapes = {"tensors": tuple([None] * len(fixed) + [{0: number}] * len(rows))}
+    sizes = {name: torch.export.Dim(name, max=1 << 24) for names in free for name in names.values()}
+    shapes = [{dim: sizes[name] for dim, name in names.items()} for names in free]
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = Flat(function, [*weights, *rows])
         fixed = [tensor.clone() for tensor in fixed]  # a tensor given twice would be taken for one for ever
-        exported = torch.export.export(module, (*fixed, *rows), dynamic_shapes=shapes)
+        exported = torch.export.export(
+            module, (*fixed, *rows), dynamic_shapes=dict(tensors=(*[None] * len(fixed), *shapes))
+        )
         return torch._inductor.aoti_compile_and_package(
             exported,
             package_path=path,
-            # Most of the time goes into the code around the kernels, which gains nothing from more.
-            inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O1"},
+            inductor_configs={
+                # Most of the time goes into the code around the kernels, which gains nothing from more.
+                "aot_inductor.compile_wrapper_opt_level": "O1",
+                "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum in one instruction
+            },
         )
 
 

@@ -45,6 +45,7 @@ from model.precision import (
     prefers_integers,
     round_to_integers,
 )
+from model.rounded_cache import RoundedCache, attend, attend_examples
 
 # ---------------------------------------------------------------------------------------------------------
 # What is asked for, and what comes back
@@ -582,11 +583,31 @@ class KeyValueCache:
         self.length += 1
         return slot
 
-    def visible(self, rows: int):
-        """Keys and values of each layer (rows * K, S, hd), and the bias that goes with them."""
-        end = self.keys.shape[2] if self.dense else self.length
-        keys, values = (block[:, : rows * self.K, :end].unbind(0) for block in (self.keys, self.values))
-        return keys, values, None if self.bias is None else self.bias[: rows * self.K, :, :end]
+    def visible(self, rows: int) -> list[tuple]:
+        """What `attend` needs of each layer: keys and values (rows * K, S, hd), the bias that goes with them,
+        and where in them the last slot's belong, (rows, K, hd)."""
+        pairs, end = rows * self.K, self.keys.shape[2] if self.dense else self.length
+        bias = None if self.bias is None else self.bias[:pairs, :, :end]
+        return [
+            (keys, values, bias, *(x[:, self.length - 1].unflatten(0, (rows, -1)) for x in (keys, values)))
+            for keys, values in zip(self.keys[:, :pairs, :end], self.values[:, :pairs, :end])
+        ]
+
+    def attend(self, qk, v, keys, values, bias, new_key, new_value):
+        """qk (n, K, R + 1, hd) and v (n, K, hd) of new tokens -> what they find, (n, K * R * hd)."""
+        new_key.copy_(qk[:, :, -1])
+        new_value.copy_(v)
+        q = qk.flatten(0, 1)[:, :-1]
+        if self.fused:
+            heads = (t.unsqueeze(0) for t in (q.to(keys.dtype), keys, values))
+            mask = None if bias is None else bias.unsqueeze(0)
+            out = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+        else:
+            scores = torch.bmm(q * q.shape[-1] ** -0.5, keys.transpose(1, 2))
+            if bias is not None:
+                scores.add_(bias)
+            out = torch.bmm(torch.softmax(scores, dim=-1), values)
+        return out.view(len(v), -1)
 
     def drop(self, row: int):
         """Forget a row: the last one moves into its place."""
@@ -675,7 +696,7 @@ class Generator:
         self.eps = torch.full((1,), c.rms_norm_eps, device=self.device)
         self.compiled = {}
         self.refresh()
-        self.can_compile = integers and not c.use_moe
+        self.can_compile = integers and not c.use_moe and self.hd % 4 == 0
         if compile and not self.can_compile:
             warnings.warn("not compiled: that is for dense models in products of 8-bit numbers", stacklevel=2)
         elif compile:
@@ -737,7 +758,10 @@ class Generator:
         qk = qkv[:, :, :-1]
         if layer.head_norm is not None:
             qk = rms_norm(qk, layer.head_norm, self.eps)
-        return self.rotate(qk, cos, sin), qkv[:, :, -1]
+        v = qkv[:, :, -1]
+        if torch.compiler.is_compiling():
+            v = v.clone()  # else all of qkv would be kept, and copied again
+        return self.rotate(qk, cos, sin), v
 
     def between(self, layer: Layer, following: Layer, out, x, cos, sin):
         """From what one layer's attention found, out (N, K * R * hd), to what the next one needs: x (N, D),
@@ -755,19 +779,19 @@ class Generator:
         return compiled(weights, rows) if compiled else function(*weights, *rows)
 
     def compile_all(self):
-        """Compile the stretches between attentions, and the choice of the likeliest token."""
+        """Compile attentions, the stretches between them, and the choice of the likeliest token."""
         D, heads, angles = self.config.hidden_size, self.K * self.R * self.hd, (1, 1, self.hd)
         x, out, cos, sin, logits = (
             torch.zeros(EXAMPLE_ROWS, *shape)
             for shape in ((D,), (heads,), angles, angles, (self.config.vocab_size,))
         )
-        out = out.to(self.cache_dtype)
         layer, facts = self.layers[0], [self.K, self.R, self.hd, self.config.rms_norm_eps]
         self.compiled = {
-            function.__name__: ahead_of_time(function, weights, rows, facts)
-            for function, weights, rows in (
+            function.__name__: ahead_of_time(function, weights, rows, facts, *free)
+            for function, weights, rows, *free in (
                 (self.read, [layer], [x, cos, sin]),
                 (self.between, [layer, layer], [out, x, cos, sin]),
+                (attend, [], *attend_examples(EXAMPLE_ROWS * self.K, self.R, self.hd)),
                 (self.end, [layer, self.head], [out, x]),
                 (likeliest, [], [logits]),
             )
@@ -825,7 +849,7 @@ class Generator:
         x = self.embedding[torch.tensor([t for p in prompts for t in p], device=self.device)]
         qk, v = self.call(self.read, self.layers[:1], [x, cos, sin])
         for i in range(len(self.layers)):
-            out = torch.empty(x.shape[0], K * R * hd, dtype=self.cache_dtype, device=x.device)
+            out = torch.empty(x.shape[0], K * R * hd, dtype=self.dtype, device=x.device)
             for start, G, T, row, mask in groups:
                 part = slice(start, start + G * T)
                 q = qk[part, :, :R].reshape(G, T, K * R, hd)
@@ -839,33 +863,17 @@ class Generator:
         ends = torch.tensor([len(p) for p in prompts], device=self.device).cumsum(0) - 1
         return self.call(self.end, [self.layers[-1], self.head], [out[ends], x[ends]])
 
-    def decode(self, tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+    def decode(self, tokens: torch.Tensor, cache: KeyValueCache | RoundedCache) -> torch.Tensor:
         """tokens (n,) -> logits (n, V) of the tokens after them; they take the cache's next slot."""
-        K, R, hd = self.K, self.R, self.hd
-        n, slot = tokens.shape[0], cache.next_slot()
+        slot = cache.next_slot()
         one_for_all = not (cache.padded or self.compiled)
         pads = cache.pad[:1] if one_for_all else cache.pad
         cos, sin = self.angles(slot - torch.tensor(pads), slot + 1)
-        new_keys, new_values = (
-            block[:, : n * K, slot].unflatten(1, (n, K)).unbind(0) for block in (cache.keys, cache.values)
-        )
-        keys, values, bias = cache.visible(n)
+        layers = cache.visible(len(tokens))
         x = self.embedding[tokens]
         qk, v = self.call(self.read, self.layers[:1], [x, cos, sin])
         for i in range(len(self.layers)):
-            new_keys[i].copy_(qk[:, :, R])
-            new_values[i].copy_(v)
-            q = qk.flatten(0, 1)[:, :R]
-            if cache.fused:
-                heads = (t.unsqueeze(0) for t in (q.to(keys[i].dtype), keys[i], values[i]))
-                mask = None if bias is None else bias.unsqueeze(0)
-                out = F.scaled_dot_product_attention(*heads, attn_mask=mask)
-            else:
-                scores = torch.bmm(q * self.scale, keys[i].transpose(1, 2))
-                if bias is not None:
-                    scores.add_(bias)
-                out = torch.bmm(torch.softmax(scores, dim=-1), values[i])
-            out = out.view(n, K * R * hd)
+            out = cache.attend(qk, v, *layers[i])
             if i + 1 < len(self.layers):
                 x, qk, v = self.call(self.between, self.layers[i : i + 2], [out, x, cos, sin])
         return self.call(self.end, [self.layers[-1], self.head], [out, x])
@@ -929,12 +937,15 @@ class Generator:
 
         prompts = [row.prompt for row in rows[::N]]
         longest = len(prompts[-1])
+        slots = min(longest + sampling.max_new_tokens, limit + longest)
+        rounded = self.compiled.get("attend")
         cache = KeyValueCache(
             len(self.layers), self.K, self.hd, pad=[longest - len(r.prompt) for r in rows], length=longest,
-            limit=min(longest + sampling.max_new_tokens, limit + longest),
-            dtype=self.cache_dtype, device=device,
+            limit=longest if rounded else slots, dtype=self.cache_dtype, device=device,
         )  # fmt: skip
         logits = self.prefill(prompts, N, cache)
+        if rounded:
+            cache = RoundedCache(cache, rounded, slots)
         seen = None
         if sampling.repetition_penalty != 1:
             seen = torch.zeros(logits.shape, dtype=torch.bool, device=device)
