@@ -66,15 +66,14 @@ def attend(qk, v, cache, bias, places):
     key_scales, value_scales = filled[:, :, :, 0].view(torch.float32).unbind(1)
     keys = from_words(filled[:, 0, :, 1:])
     values = from_words(filled[:, 1, :, 1:].flatten(2).view(pairs, blocks, WIDTH, -1))
-    found = []
-    for query in (qk[:, :-1] * hd**-0.5).unbind(1):
+    weights = []
+    for query in qk[:, :-1].unbind(1):
         parts = (part[:, None, :, None] for part in query.chunk(BYTES, dim=-1))
-        scores = sum(part * key for part, key in zip(parts, keys)).sum(2) * key_scales + bias
-        scores = scores.flatten(1)
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        weights = weights / weights.sum(-1, keepdim=True) * value_scales.flatten(1)
-        weights = weights.view(pairs, blocks, WIDTH, 1)
-        found += [(weights * value).sum((1, 2)) for value in values]
+        scores = sum(part * key for part, key in zip(parts, keys)).sum(2) * (key_scales * hd**-0.5) + bias
+        exponentials = (scores - scores.amax((1, 2), keepdim=True)).exp()
+        weights.append(exponentials * (value_scales / exponentials.sum((1, 2), keepdim=True)))
+    weights = torch.stack(weights, dim=1)[..., None]  # in memory once, else computed again for every part
+    found = [(weight * value).sum((1, 2)) for weight in weights.unbind(1) for value in values]
     return torch.cat(found, dim=-1).view(pairs, -1, hd)
 
 
