@@ -378,18 +378,22 @@ def weight_of(linear: nn.Module) -> torch.Tensor:
 
 class Linear:
     """y = x W^T with W in the layout the kernels like best, on x86 CPUs oneDNN's packed one: up to 2.5 times
-    as fast as torch's own product. With `norm`, the weight of an RMSNorm, `of_norm` normalises x first."""
+    as fast as torch's own product. With `norm`, the weight of an RMSNorm, `of_norm` normalises x first.
 
-    def __init__(self, weight: torch.Tensor, dtype: torch.dtype, norm: torch.Tensor | None = None):
+    Compiled code cannot take packed weights; with `pack` off it gets transposed ones, which torch's own
+    product of few rows likes better.
+    """
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype, norm: torch.Tensor | None = None, pack=True):
         weight = weight.to(dtype)
         self.norm = None if norm is None else norm.to(dtype, copy=True)
-        self.packed = (
-            weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and has_packed_products()
-        )
+        able = weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+        self.packed = pack and able and has_packed_products()
         # The number is the expected rows: the layout chosen for many rows is also the fastest for one.
-        self.weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1024) if self.packed else weight
-        )
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1024)
+        else:
+            self.weight = weight if pack else weight.t().contiguous().t()
 
     def __call__(self, x):
         """x (n, in) -> (n, out)."""
@@ -449,14 +453,14 @@ class RoundedLinear:
         return torch.addcmul(residual.float(), y, r).to(residual.dtype)
 
 
-def pack(weight, norm, dtype, int8) -> Linear | RoundedLinear:
+def pack(weight, norm, dtype, int8, compiled=False) -> Linear | RoundedLinear:
     """With int8 on a machine without products of 8-bit numbers, the rounded weights in `dtype`."""
-    if not int8:
-        return Linear(weight, dtype, norm)
-    if multiplies_integers(weight.device):
+    if int8 and multiplies_integers(weight.device):
         return RoundedLinear(weight, norm)
-    rounded, scale = round_to_integers(weight.float())
-    return Linear(rounded * scale, dtype, norm)
+    if int8:
+        rounded, scale = round_to_integers(weight.float())
+        weight = rounded * scale
+    return Linear(weight, dtype, norm, pack=not compiled)
 
 
 class Layer:
@@ -666,9 +670,10 @@ class Generator:
         max_rows: rows in flight at once; more are done in turns.
         prefill_tokens: prompts are read together up to so many tokens at once (a longer one alone): bounds
             memory, and what fits the caches is faster; 0 = 2,048, with 8-bit products 512.
-        compile: compile what lies between the attentions of a dense model's layers, where products are of
-            8-bit numbers: a quarter to a half less time. The compiler (torch needs a C++ one, such as g++)
-            takes about a minute the first time. Compiled code rounds differently in the last place.
+        compile: compile the layers of a dense model on a CPU, in int8 or float32: with 8-bit products about
+            half the time, and keys and values are rounded to 8 bits too. The compiler (torch needs a C++ one,
+            such as g++) takes about a minute the first time. Compiled code rounds differently in the last
+            place.
     """
 
     def __init__(self, model, dtype="auto", max_rows: int = 256, prefill_tokens: int = 0, compile=False):
@@ -684,7 +689,7 @@ class Generator:
                 "(CPUs with VNNI have); the rounded weights are multiplied as any others",
                 stacklevel=2,
             )
-        self.dtype = choose_dtype(dtype, self.device)
+        self.dtype = torch.float32 if compile and integers else choose_dtype(dtype, self.device)
         # With 8-bit products a large part of a step is the reading of keys and values: half the bytes.
         halve = integers and cpu_features().get("avx512_bf16")
         self.cache_dtype = torch.bfloat16 if halve else self.dtype
@@ -695,17 +700,21 @@ class Generator:
         self.scale = self.hd**-0.5
         self.eps = torch.full((1,), c.rms_norm_eps, device=self.device)
         self.compiled = {}
+        self.round_cache = integers and self.hd % 4 == 0  # where compiled
+        self.can_compile = self.device.type == "cpu" and self.dtype == torch.float32 and not c.use_moe
+        self.compile = compile and self.can_compile
         self.refresh()
-        self.can_compile = integers and not c.use_moe and self.hd % 4 == 0
-        if compile and not self.can_compile:
-            warnings.warn("not compiled: that is for dense models in products of 8-bit numbers", stacklevel=2)
-        elif compile:
+        if self.compile:
             try:
                 self.compile_all()
             except Exception as error:  # whatever the compiler stack raises, uncompiled code still works
                 first_line = (str(error).strip().splitlines() or [""])[0]
                 reason = f"{type(error).__name__}: {first_line[:200]}"
                 warnings.warn(f"not compiled ({reason}); torch needs a C++ compiler for it", stacklevel=2)
+                self.compile = False
+                self.refresh()
+        elif compile:
+            warnings.warn("not compiled: that is for dense models on CPUs in int8 or float32", stacklevel=2)
 
     # ---- weights -----------------------------------------------------------------------------------------
 
@@ -715,7 +724,7 @@ class Generator:
         model, dtype = self.model, self.dtype
 
         def make(weight, norm=None):
-            return pack(weight, norm, dtype, self.int8)
+            return pack(weight, norm, dtype, self.int8, self.compile)
 
         self.embedding = model.model.embed_tokens.weight.detach().to(dtype, copy=True)
         self.layers = [Layer(block, make, self.config, dtype) for block in model.model.layers]
@@ -786,15 +795,17 @@ class Generator:
             for shape in ((D,), (heads,), angles, angles, (self.config.vocab_size,))
         )
         layer, facts = self.layers[0], [self.K, self.R, self.hd, self.config.rms_norm_eps]
+        parts = [
+            (self.read, [layer], [x, cos, sin]),
+            (self.between, [layer, layer], [out, x, cos, sin]),
+            (self.end, [layer, self.head], [out, x]),
+            (likeliest, [], [logits]),
+        ]
+        if self.round_cache:
+            parts.append((attend, [], *attend_examples(EXAMPLE_ROWS * self.K, self.R, self.hd)))
         self.compiled = {
             function.__name__: ahead_of_time(function, weights, rows, facts, *free)
-            for function, weights, rows, *free in (
-                (self.read, [layer], [x, cos, sin]),
-                (self.between, [layer, layer], [out, x, cos, sin]),
-                (attend, [], *attend_examples(EXAMPLE_ROWS * self.K, self.R, self.hd)),
-                (self.end, [layer, self.head], [out, x]),
-                (likeliest, [], [logits]),
-            )
+            for function, weights, rows, *free in parts
         }
 
     def feed_forward(self, layer: Layer, x):

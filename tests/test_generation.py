@@ -500,7 +500,48 @@ def test_what_was_compiled_once_is_found_again_and_only_where_it_fits(compiled_e
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("kind, dtype", [("moe", "int8"), ("qwen3", "float32")])
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_an_engine_for_compiled_float32_is_as_exact(kind, monkeypatch):
+    """Its weights lie as the compiler wants them; here nothing is compiled."""
+
+    def as_it_is(function, *arguments):
+        return lambda first, second=None: function(first) if second is None else function(*first, *second)
+
+    monkeypatch.setattr(generation, "ahead_of_time", as_it_is)
+    model = tiny(kind)
+    engine = Generator(model, "float32", compile=True)
+    assert set(engine.compiled) == {"read", "between", "end", "likeliest"}
+    compare_with_an_uncompiled_engine(model, engine)
+
+
+@pytest.mark.slow
+def test_a_compiled_float32_engine_is_as_exact():
+    if runtime.why_not_compile(torch.device("cpu")):
+        pytest.skip("there is no C++ compiler")
+    model = tiny("qwen3")
+    compare_with_an_uncompiled_engine(model, Generator(model, "float32", compile=True))
+
+
+def compare_with_an_uncompiled_engine(model, engine):
+    assert engine.compiled and not any(layer.qkv.packed for layer in engine.layers)
+    plain = Generator(model, "float32")
+    for lengths, settings in (([5, 9, 9, 3], dict(temperature=0)), ([4], dict(seed=1))):
+        prompts = random_prompts(*lengths)
+        for one, other in zip(*(e.generate(prompts, max_new_tokens=20, **settings) for e in (engine, plain))):
+            assert one.ids == other.ids
+            assert (one.logprobs - other.logprobs).abs().max() < 1e-4
+
+
+def test_in_8_bits_the_rest_is_compiled_in_float32_whatever_the_machine_prefers(monkeypatch):
+    monkeypatch.setattr(generation, "multiplies_integers", lambda device: True)
+    monkeypatch.setattr(generation, "prefers_bfloat16", lambda device: True)
+    monkeypatch.setattr(Generator, "compile_all", lambda self: None)
+    assert Generator(tiny(), "int8").dtype == torch.bfloat16
+    assert Generator(tiny(), "int8", compile=True).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind, dtype", [("moe", "int8"), ("qwen3", "bfloat16")])
 @pytest.mark.filterwarnings("ignore:int8 saves no time")
 def test_what_cannot_be_compiled_says_so_and_works(kind, dtype):
     with pytest.warns(UserWarning, match="not compiled: that is for dense models"):
