@@ -148,7 +148,9 @@ def parse_args(argv=None):
         choices=("auto", "float32", "bfloat16", "int8"),
         help="of the answers (default: float32, the same on every machine; bits_per_byte is always float32)",
     )
-    parser.add_argument("--compile", action="store_true", help="compile the engine (with --dtype int8)")
+    parser.add_argument(
+        "--use_compile", type=int, choices=(0, 1), default=0, help="1 = compile the engine (default: 0)"
+    )
     parser.add_argument("--num_threads", type=int, default=0, help="CPU threads, 0 = all (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument(
@@ -177,9 +179,9 @@ def main(args):
     if args.untrained:
         torch.manual_seed(0)
         model = MiniMindLM(model.config).eval()
-    if args.compile:
+    if args.use_compile:
         print("compiling the engine; the first time that takes about a minute", flush=True)
-    engine = Generator(model, args.dtype, compile=args.compile)
+    engine = Generator(model, args.dtype, compile=bool(args.use_compile))
     result = examine(model, tokenizer, args.data_dir, args.max_new_tokens, engine, args.items)
     result["conversations"] = {lang: talk(engine, tokenizer, turns) for lang, turns in CONVERSATIONS.items()}
     result["seconds"] = time.time() - started

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import eval_llm
+from model.generation import Generator
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import checkpoint, cli
 
@@ -189,6 +190,19 @@ def test_a_transformers_folder_gives_the_same_greedy_text(monkeypatch, capsys, o
     assert native[0] == through_hf[0] == 0
     assert answers(native[1])[0] == answers(through_hf[1])[0]
     assert answers(native[1])[0][1]
+    for ours_alone in (("--use_compile", 1), ("--dtype", "int8")):
+        code, _, err = run(monkeypatch, capsys, "--load_from", folder, *flags, *ours_alone)
+        assert code == 2 and " ".join(map(str, ours_alone)) in err and "transformers folder" in err
+
+
+def test_use_compile_compiles_the_engine(monkeypatch, capsys, out):
+    asked = []
+    monkeypatch.setattr(Generator, "compile_all", lambda engine: asked.append(engine.dtype))
+    flags = ("--save_dir", out, "--prompt", "x", "--dtype", "float32", *QUICK)
+    for wanted in (0, 1):
+        code, output, err = run(monkeypatch, capsys, *flags, "--use_compile", wanted)
+        assert code == 0 and len(answers(output)) == 1
+        assert len(asked) == wanted == int("compiling" in err)
 
 
 def test_the_newest_file_is_taken_and_named(monkeypatch, capsys, out, tokenizer, tmp_path):
