@@ -134,8 +134,8 @@ def parse_args(argv=None):
         type=cli.switch,
         default=0,
         metavar="0|1",
-        help="1 = compile dense models on CPUs (int8, float32), about twice as fast: takes a minute the "
-        "first time, and a C++ compiler",
+        help="1 = compile a dense model on a CPU, in int8 or float32: up to twice as fast; takes a minute "
+        "the first time, and a C++ compiler",
     )
 
     g = parser.add_argument_group("what to ask")
@@ -304,7 +304,7 @@ class Native:
         # MiniMind's file names tell the stage, ours tell it themselves
         self.is_base = path.name.startswith("pretrain") or metadata.get("stage") == "pretrain"
         if args.use_compile:
-            say("compiling; the first time that takes about a minute")
+            say("compiling, if it can be; the first time that takes about a minute")
         self.engine = Generator(model.to(device), args.dtype, compile=bool(args.use_compile))
         dtype = "int8" if self.engine.int8 else str(self.engine.dtype).removeprefix("torch.")
         million = count_parameters(model)[0] / 1e6

@@ -19,7 +19,7 @@ from torch import nn
 
 from model.precision import cpu_features
 
-EXAMPLE_ROWS = 16  # any number above 1; the code is made for all
+EXAMPLE_ROWS = 16  # of an example: any number above 1; the code is made for all
 
 
 def ahead_of_time(
@@ -28,9 +28,10 @@ def ahead_of_time(
     """function(*weights, *rows) compiled, or found compiled, for objects like `weights` and any number of
     rows.
 
-    weights: objects whose attributes hold tensors; rows: examples with EXAMPLE_ROWS in dimension 0; facts:
-    what the function knows besides its arguments; free: the dimensions of each of `rows` that may have any
-    size, each with a name: equal names, equal sizes. Raises whatever torch's compiler stack raises.
+    weights: objects whose attributes hold tensors; rows: examples of the other arguments; facts: what the
+    function knows besides its arguments; free: the dimensions of each of `rows` that may have any size, each
+    with a name: equal names, equal sizes; without it the first of each. Raises whatever torch's compiler
+    stack raises.
     """
     free = free or [{0: "rows"}] * len(rows)
     fixed = [tensor for thing in weights for tensor in tensors_of(thing)]

@@ -350,8 +350,8 @@ def common_end(text: str, stop: str) -> int:
 
 
 def choose_dtype(wanted, device: torch.device) -> torch.dtype:
-    """The type of all that is not multiplied in 8 bits. auto: bfloat16 where this machine multiplies it
-    faster than float32, else float16 on CUDA, else float32."""
+    """The type of all that is not multiplied in 8 bits, in an engine that is not compiled. auto: bfloat16
+    where this machine multiplies it faster than float32, else float16 on CUDA, else float32."""
     if isinstance(wanted, torch.dtype):
         return wanted
     if wanted in (None, "auto", "int8"):
@@ -380,20 +380,22 @@ class Linear:
     """y = x W^T with W in the layout the kernels like best, on x86 CPUs oneDNN's packed one: up to 2.5 times
     as fast as torch's own product. With `norm`, the weight of an RMSNorm, `of_norm` normalises x first.
 
-    Compiled code cannot take packed weights; with `pack` off it gets transposed ones, which torch's own
+    Compiled code cannot take packed weights; it gets transposed ones (`packed=False`), which torch's own
     product of few rows likes better.
     """
 
-    def __init__(self, weight: torch.Tensor, dtype: torch.dtype, norm: torch.Tensor | None = None, pack=True):
+    def __init__(
+        self, weight: torch.Tensor, dtype: torch.dtype, norm: torch.Tensor | None = None, packed=True
+    ):
         weight = weight.to(dtype)
         self.norm = None if norm is None else norm.to(dtype, copy=True)
         able = weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-        self.packed = pack and able and has_packed_products()
+        self.packed = packed and able and has_packed_products()
         # The number is the expected rows: the layout chosen for many rows is also the fastest for one.
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1024)
         else:
-            self.weight = weight if pack else weight.t().contiguous().t()
+            self.weight = weight if packed else weight.t().contiguous().t()
 
     def __call__(self, x):
         """x (n, in) -> (n, out)."""
@@ -460,7 +462,7 @@ def pack(weight, norm, dtype, int8, compiled=False) -> Linear | RoundedLinear:
     if int8:
         rounded, scale = round_to_integers(weight.float())
         weight = rounded * scale
-    return Linear(weight, dtype, norm, pack=not compiled)
+    return Linear(weight, dtype, norm, packed=not compiled)
 
 
 class Layer:
@@ -670,10 +672,10 @@ class Generator:
         max_rows: rows in flight at once; more are done in turns.
         prefill_tokens: prompts are read together up to so many tokens at once (a longer one alone): bounds
             memory, and what fits the caches is faster; 0 = 2,048, with 8-bit products 512.
-        compile: compile the layers of a dense model on a CPU, in int8 or float32: with 8-bit products about
-            half the time, and keys and values are rounded to 8 bits too. The compiler (torch needs a C++ one,
-            such as g++) takes about a minute the first time. Compiled code rounds differently in the last
-            place.
+        compile: compile the layers of a dense model on a CPU, in int8 or float32: 8-bit products take about
+            half the time then (keys and values are rounded to 8 bits too), float32 at one row. The compiler
+            (torch needs a C++ one, such as g++) takes about a minute the first time. Compiled code rounds
+            differently in the last place.
     """
 
     def __init__(self, model, dtype="auto", max_rows: int = 256, prefill_tokens: int = 0, compile=False):
@@ -689,32 +691,37 @@ class Generator:
                 "(CPUs with VNNI have); the rounded weights are multiplied as any others",
                 stacklevel=2,
             )
-        self.dtype = torch.float32 if compile and integers else choose_dtype(dtype, self.device)
+        self.plain_dtype = choose_dtype(dtype, self.device)
         # With 8-bit products a large part of a step is the reading of keys and values: half the bytes.
         halve = integers and cpu_features().get("avx512_bf16")
-        self.cache_dtype = torch.bfloat16 if halve else self.dtype
+        self.plain_cache_dtype = torch.bfloat16 if halve else self.plain_dtype
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens or (512 if integers else 2048)
         c = self.config
         self.K, self.hd = c.num_key_value_heads, c.head_dim
         self.R = c.num_attention_heads // self.K
-        self.scale = self.hd**-0.5
         self.eps = torch.full((1,), c.rms_norm_eps, device=self.device)
         self.compiled = {}
-        self.round_cache = integers and self.hd % 4 == 0  # where compiled
-        self.can_compile = self.device.type == "cpu" and self.dtype == torch.float32 and not c.use_moe
-        self.compile = compile and self.can_compile
-        self.refresh()
-        if self.compile:
+        self.rounds_cache = integers and self.hd % 4 == 0  # when compiled
+        exact = self.plain_dtype == torch.float32
+        self.can_compile = self.device.type == "cpu" and not c.use_moe and (integers or exact)
+        self.prepare(compile and self.can_compile)
+        if self.for_compiler:
             try:
                 self.compile_all()
             except Exception as error:  # whatever the compiler stack raises, uncompiled code still works
                 first_line = (str(error).strip().splitlines() or [""])[0]
                 reason = f"{type(error).__name__}: {first_line[:200]}"
                 warnings.warn(f"not compiled ({reason}); torch needs a C++ compiler for it", stacklevel=2)
-                self.compile = False
-                self.refresh()
+                self.prepare(False)
         elif compile:
             warnings.warn("not compiled: that is for dense models on CPUs in int8 or float32", stacklevel=2)
+
+    def prepare(self, for_compiler: bool):
+        """Weights and types for compiled code (float32, but for its 8-bit numbers) or for uncompiled."""
+        self.for_compiler = for_compiler
+        self.dtype = torch.float32 if for_compiler else self.plain_dtype
+        self.cache_dtype = torch.float32 if for_compiler else self.plain_cache_dtype
+        self.refresh()
 
     # ---- weights -----------------------------------------------------------------------------------------
 
@@ -724,7 +731,7 @@ class Generator:
         model, dtype = self.model, self.dtype
 
         def make(weight, norm=None):
-            return pack(weight, norm, dtype, self.int8, self.compile)
+            return pack(weight, norm, dtype, self.int8, self.for_compiler)
 
         self.embedding = model.model.embed_tokens.weight.detach().to(dtype, copy=True)
         self.layers = [Layer(block, make, self.config, dtype) for block in model.model.layers]
@@ -778,7 +785,7 @@ class Generator:
         x = self.feed_forward(layer, layer.out.add(out, x))
         return x, *self.read(following, x, cos, sin)
 
-    def end(self, layer: Layer, head: RoundedLinear, out, x):
+    def end(self, layer: Layer, head: Linear | RoundedLinear, out, x):
         """From what the last layer's attention found to the logits (N, V)."""
         return head.of_norm(self.feed_forward(layer, layer.out.add(out, x)), self.eps)
 
@@ -801,7 +808,7 @@ class Generator:
             (self.end, [layer, self.head], [out, x]),
             (likeliest, [], [logits]),
         ]
-        if self.round_cache:
+        if self.rounds_cache:
             parts.append((attend, [], *attend_examples(EXAMPLE_ROWS * self.K, self.R, self.hd)))
         self.compiled = {
             function.__name__: ahead_of_time(function, weights, rows, facts, *free)

@@ -96,10 +96,10 @@ class RoundedCache:
     It stands in for that class: `next_slot`, `visible`, `attend` for every layer, `drop`.
     """
 
-    def __init__(self, cache, attend, limit: int):
-        """attend: the function above, compiled; limit: there will be no more slots than that."""
+    def __init__(self, cache, attention, limit: int):
+        """attention: `attend` above, compiled; limit: there will be no more slots than that."""
         self.K, self.pad, self.padded = cache.K, cache.pad, cache.padded
-        self.rows, self.length, self.limit, self.compiled = cache.rows, cache.length, limit, attend
+        self.rows, self.length, self.limit, self.attention = cache.rows, cache.length, limit, attention
         blocks = -(-self.length // WIDTH)
         room = -(-min(limit, self.length + SPARE) // WIDTH)
         L, pairs, _, hd = cache.keys.shape
@@ -135,7 +135,7 @@ class RoundedCache:
 
     def attend(self, qk, v, words, bias, places):
         """qk (n, K, R + 1, hd) and v (n, K, hd) of new tokens -> what they find, (n, K * R * hd)."""
-        return self.compiled([], [qk.flatten(0, 1), v.flatten(0, 1), words, bias, places]).view(len(v), -1)
+        return self.attention([], [qk.flatten(0, 1), v.flatten(0, 1), words, bias, places]).view(len(v), -1)
 
     def drop(self, row: int):
         """Forget a row: the last one moves into its place."""
