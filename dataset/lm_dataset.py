@@ -471,6 +471,20 @@ class PackedDataset:
         """UTF-8 bytes of the text of this row's targets (special tokens count 0)."""
         return int(self.token_bytes[self._target_ids([row])].sum(dtype=np.int64))
 
+    @property
+    def tokens_per_row(self):
+        return self.max_seq_len
+
+    def fingerprint(self):
+        """Hash of what the rows are made of: the documents' content and how they were cut and packed."""
+        digest = hashlib.sha256()
+        arrays = (self.starts, self.lengths, self.row_offsets, *(cache.hashes for cache in self.caches))
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        for cache in self.caches:  # the hashes above are of questions alone, in a file of conversations
+            digest.update(cache.meta["key"]["content"].encode())
+        return digest.hexdigest()[:16]
+
     @functools.cached_property
     def num_tokens(self):
         """Tokens in all rows, without padding."""

@@ -743,10 +743,10 @@ class MiniMindLM(nn.Module):
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
 
-    def compile_blocks(self):
+    def compile_blocks(self, dynamic: bool = False):
         """Compile one block and the loss chunk (torch.compile): every layer shares the code, so this costs
-        seconds."""
-        self.model.run_block = torch.compile(Block.forward, dynamic=False)
+        seconds. dynamic: for batches of any shape."""
+        self.model.run_block = torch.compile(Block.forward, dynamic=dynamic)
         self.compute_chunk = torch.compile(chunk_cross_entropy, dynamic=True)
         return self
 

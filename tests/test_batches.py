@@ -156,7 +156,7 @@ def test_the_fingerprint_changes_with_content_length_and_packing(tmp_path):
     first, again, other = (sft_file(tmp_path / name, seed=s) for name, s in [("a", 0), ("b", 0), ("c", 1)])
 
     def fingerprint(path, max_seq_len=48, **options):
-        return batches.fingerprint(load_sft(path, tokenizer, max_seq_len, num_workers=1, **options)[0])
+        return load_sft(path, tokenizer, max_seq_len, num_workers=1, **options)[0].fingerprint()
 
     known = fingerprint(first)
     assert known == fingerprint(again), "the path does not matter"

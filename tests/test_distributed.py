@@ -34,10 +34,11 @@ def settings(batch_size, accumulation_steps):
 
 
 def descend(folder, args, rt, **more):
-    """Three steps of plain gradient descent through the stage's own train_step; the weights tell the
+    """Three steps of plain gradient descent through the stages' own loss; the weights tell the
     gradients."""
     from dataset.lm_dataset import load_sft
-    from trainer import batches, checkpoint, runtime, train_full_sft
+    from trainer import batches, checkpoint, loop, runtime
+    from trainer.train_pretrain import next_token_loss
 
     data = load_sft(folder / "sft.jsonl", checkpoint.load_tokenizer(), 48, num_workers=1, pack=False)[0]
     model = runtime.wrap(small_model(**more), rt)
@@ -45,7 +46,7 @@ def descend(folder, args, rt, **more):
     optimizer.param_groups[0]["base_lr"] = 1.0
     counts = []
     for _, micro_batches in batches.training_steps(data, args, rt):
-        train_full_sft.train_step(model, micro_batches, [optimizer], 0.5, args, rt)
+        loop.optimizer_step(model, micro_batches, [optimizer], 0.5, args, rt, next_token_loss)
         counts.append(micro_batches.num_targets)
     return runtime.bare(model).state_dict(), counts
 
@@ -66,7 +67,8 @@ def scenario_exchanges(folder, rt):
     """How often gradients travel in a step of four micro-batches, and in one of a single micro-batch."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    from trainer import batches, runtime, train_full_sft
+    from trainer import batches, loop, runtime
+    from trainer.train_pretrain import next_token_loss
 
     model = runtime.wrap(small_model(), rt)
     travelled = []
@@ -84,7 +86,7 @@ def scenario_exchanges(folder, rt):
         step.num_targets = 30 * num_micro
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         optimizer.param_groups[0]["base_lr"] = 0.1
-        train_full_sft.train_step(model, step, [optimizer], 1.0, settings(2, num_micro), rt)
+        loop.optimizer_step(model, step, [optimizer], 1.0, settings(2, num_micro), rt, next_token_loss)
         result.append(len(travelled))
     return {"exchanges": result}
 

@@ -35,7 +35,7 @@ def test_token_loss_by_hand():
 def step_weights(stage, micro_batches, num_steps=2, moe=False):
     """Weights after plain gradient descent on the same micro-batches: their difference is the gradient."""
     from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-    from trainer import runtime
+    from trainer import loop, runtime
 
     args = SimpleNamespace(device="cpu", dtype="float32", seed=0, num_threads=0, grad_clip=0.0)
     rt = runtime.start(args)
@@ -45,7 +45,8 @@ def step_weights(stage, micro_batches, num_steps=2, moe=False):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     optimizer.param_groups[0]["base_lr"] = 1.0
     for _ in range(num_steps):
-        stage_module(stage).train_step(model, micro_batches(), [optimizer], 0.5, args, rt)
+        micro_loss = stage_module(stage).next_token_loss
+        loop.optimizer_step(model, micro_batches(), [optimizer], 0.5, args, rt, micro_loss)
     return model.state_dict()
 
 
@@ -79,7 +80,7 @@ def test_accumulation_equals_one_large_batch_with_unequal_label_counts(tmp_path,
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_without_targets_changes_nothing_and_is_counted(stage):
-    from trainer import batches, runtime
+    from trainer import batches, loop, runtime
 
     def nothing():
         step = batches.StepBatches([{"input_ids": torch.ones(2, 8, dtype=torch.int64)}])
@@ -89,7 +90,7 @@ def test_a_step_without_targets_changes_nothing_and_is_counted(stage):
     start, after = step_weights(stage, nothing, num_steps=0), step_weights(stage, nothing, num_steps=3)
     assert all(start[name].equal(after[name]) for name in start)
     rt = runtime.start(SimpleNamespace(device="cpu", dtype="float32", seed=0, num_threads=0))
-    stats = stage_module(stage).train_step(None, nothing(), [FakeOptimizer()], 1.0, None, rt)
+    stats = loop.optimizer_step(None, nothing(), [FakeOptimizer()], 1.0, None, rt, None)
     assert rt.skipped == 1 and "loss" not in stats
 
 

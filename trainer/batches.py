@@ -9,7 +9,6 @@ same updates.
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 import time
@@ -253,18 +252,7 @@ def load(loader, path, tokenizer, args, rt):
     return train, val
 
 
-def fingerprint(dataset) -> str:
-    """Hash of what the rows of a dataset are made of: the documents' content and how they were cut and
-    packed."""
-    digest = hashlib.sha256()
-    for array in (dataset.starts, dataset.lengths, dataset.row_offsets, *(c.hashes for c in dataset.caches)):
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    for cache in dataset.caches:  # the hashes above are of questions alone, in a file of conversations
-        digest.update(cache.meta["key"]["content"].encode())
-    return digest.hexdigest()[:16]
-
-
-def expected_seconds(model, args, rt, num_rows: int) -> float:
+def expected_seconds(model, args, rt, dataset) -> float:
     """A guess of how long a run will take without torch.compile, good enough to decide whether to compile: a
     third of the machine's rate, counted by FLOPs."""
     from model.model_minimind import count_parameters, flops_per_token
@@ -274,7 +262,7 @@ def expected_seconds(model, args, rt, num_rows: int) -> float:
         return args.max_minutes * 60
     config = runtime.bare(model).config
     cost = flops_per_token(config, args.max_seq_len, count_parameters(runtime.bare(model))[1])
-    tokens = num_steps(num_rows, args) * rows_per_step(args) * args.max_seq_len
+    tokens = num_steps(len(dataset), args) * rows_per_step(args) * dataset.tokens_per_row
     return tokens * cost / (0.3 * (runtime.peak_flops(rt) or 1e13))
 
 

@@ -485,12 +485,14 @@ def missing_weight(path: Path, weight: str) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def save(model, optimizers, args, rt, run: dict, log, **extra):
+def save(model, optimizers, args, rt, run: dict, log, path=None, write=None, trainable_only=False, **extra):
     """After a finished optimizer step: the weights for others, then everything to continue. All processes
     call it, the first one writes.
 
-    `run` says what this run is (see describe). `extra`: what else the stage must find again in
-    `find_resume(...)["extra"]` (plain values or tensors).
+    `run` says what this run is (see describe). `write(model, path, metadata, dtype)` writes the weights to
+    `path` (default: save_weights, weight_path). trainable_only: frozen weights are not part of the resume
+    file. `extra`: what else the stage must find again in `find_resume(...)["extra"]` (plain values or
+    tensors).
     """
     from trainer.runtime import bare
 
@@ -498,15 +500,12 @@ def save(model, optimizers, args, rt, run: dict, log, **extra):
     if not rt.is_main:
         return
     model = bare(model)
-    save_weights(
-        model,
-        weight_path(args, model.config),
-        {**run, "step": log.done, "metrics": log.latest},
-        args.save_dtype,
-    )
+    path = path or weight_path(args, model.config)
+    (write or save_weights)(model, path, {**run, "step": log.done, "metrics": log.latest}, args.save_dtype)
+    kept = [(n, p) for n, p in model.named_parameters() if p.requires_grad or not trainable_only]
     content = {
         "format": FORMAT,
-        "model": {name: tensor.detach().float().cpu() for name, tensor in model.named_parameters()},
+        "model": {name: tensor.detach().float().cpu() for name, tensor in kept},
         "buffers": {name: tensor.detach().cpu() for name, tensor in model.named_buffers()},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "scaler": rt.scaler.state_dict() if rt.scaler is not None else None,
@@ -648,6 +647,17 @@ def changed_settings(content: dict, args, config, run: dict) -> list[str]:
     return changes
 
 
+def require_same_parent(content: dict, parent: dict | None, frozen_base: bool, args):
+    """A run whose base is frozen can only go on upon the very weights it began with."""
+    before = content["run"]["parent"]
+    if frozen_base and before != parent:
+        raise CheckpointError(
+            f"the run to resume stands on {args.from_weight} weights with checksum "
+            f"{(before or {}).get('crc32')}, the file now has {(parent or {}).get('crc32')}: restore it, or "
+            "start a new run with --from_resume 0"
+        )
+
+
 def restore(content: dict | None, model, optimizers, rt, log) -> int:
     """Put a saved state back; returns the number of finished steps (0 for None)."""
     if content is None:
@@ -660,6 +670,8 @@ def restore(content: dict | None, model, optimizers, rt, log) -> int:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             saved = content["model"].get(name, content["buffers"].get(name))
+            if saved is None and not tensor.requires_grad and name not in content["buffers"]:
+                continue  # frozen: it was read from --from_weight
             if saved is None or saved.shape != tensor.shape:
                 raise CheckpointError(
                     f"the resume file has no matching {name}: pass --from_resume 0 to start fresh"

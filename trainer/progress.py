@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from trainer import runtime
-from trainer.checkpoint import resume_path, shown, weight_path
+from trainer.checkpoint import resume_path, shown
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,6 +38,7 @@ class Progress:
         self.tokens = 0  # consumed by the run, over all processes, without padding
         self.seconds = 0.0  # that earlier sittings of this run took
         self.latest: dict = {}  # the newest value of every metric
+        self.first: dict = {}  # of the held-out metrics: the value before the first step
         self.sums: dict = {}  # since the last line: name -> [sum, count]
         self.steps_in_line, self.aside_seconds = 0, 0.0
         self.run_id = self.tracker = self.file = None
@@ -85,11 +86,12 @@ class Progress:
             "sums": sums,
             "run_id": self.run_id,
             "latest": self.latest,
+            "first": self.first,
         }
 
     def load_state_dict(self, state: dict):
         self.tokens, self.seconds = state["tokens"], state["seconds"]
-        self.run_id, self.latest = state["run_id"], state["latest"]
+        self.run_id, self.latest, self.first = state["run_id"], state["latest"], state.get("first", {})
         mine = 1 if self.rt.is_main else 0  # the sums of all processes go on in the first one
         self.sums = {name: [total * mine, count * mine] for name, (total, count) in state["sums"].items()}
 
@@ -162,9 +164,20 @@ class Progress:
 
     def log(self, **metrics):
         """Write a line of its own: validation, samples. Nothing for no metrics."""
+        if metrics and self.done == 0:
+            self.first = {name: clean(value) for name, value in metrics.items()}
         if metrics:
             elapsed = self.seconds + time.perf_counter() - self.begin
             self.write({"step": self.done, "total_steps": self.total_steps, **metrics, "time_s": elapsed})
+
+    def changes(self) -> list[str]:
+        """What the run did to every held-out metric that was measured before its first step."""
+        found = []
+        for name, before in self.first.items():
+            after = self.latest.get(name)
+            if isinstance(before, float) and isinstance(after, float):
+                found.append(f"{name} {before:.4f} -> {after:.4f} ({after - before:+.4f})")
+        return found
 
     @contextlib.contextmanager
     def aside(self):
@@ -282,8 +295,8 @@ def commit() -> str | None:
 # --------------------------------------------------------------------------------------------------
 
 
-def announce(args, rt, model, run: dict, data_path, train, val):
-    """What this run will do, before it does it."""
+def announce(args, rt, model, run: dict, data_path, train, val, written: Path):
+    """What this run will do, before it does it. written: where the weights will be."""
     if not rt.is_main:
         return
     from trainer import batches
@@ -297,7 +310,7 @@ def announce(args, rt, model, run: dict, data_path, train, val):
     print(f"reads:   {data_path}: {train.summary()}")
     if val is not None:
         print(f"held out: {len(val):,} rows, {val.num_targets:,} targets, {val.num_bytes:,} bytes of text")
-    print(f"writes:  {shown(weight_path(args, config))}; to continue: {shown(resume_path(args, config))}")
+    print(f"writes:  {shown(written)}; to continue: {shown(resume_path(args, config))}")
     print(f"{model_size(runtime.bare(model))}, {config.hidden_size} wide, {config.num_hidden_layers} layers")
     print(
         f"steps:   {run['total_steps']:,} of {rows} rows x {args.max_seq_len} = "
@@ -361,12 +374,14 @@ def predicted_memory_gb(model, args, rt) -> float:
     return (base + weights + activations + loss) / 1e9
 
 
-def farewell(args, rt, model, log: Progress, next_command: str):
-    """Where the weights are, and what to type next."""
+def farewell(args, rt, written: Path, log: Progress, next_command: str):
+    """What the stage changed, where the weights are, and what to type next."""
     if not rt.is_main:
         return
-    config = runtime.bare(model).config
-    print(f"weights: {shown(weight_path(args, config))} (step {log.done} of {log.total_steps})")
+    changes = log.changes() if log.done == log.total_steps else []
+    for i, change in enumerate(changes):
+        print(("held out: " if i == 0 else " " * 10) + change)
+    print(f"weights: {shown(written)} (step {log.done} of {log.total_steps})")
     print(f"log:     {shown(log.path)}, curve {shown(log.path.with_name(f'{args.save_weight}_curve.png'))}")
     if log.done < log.total_steps:
         print(f"stopped ({rt.stop_signal or 'signal'}). To continue: {resume_command(args)}", flush=True)

@@ -459,13 +459,15 @@ COMPILING_PAYS_AFTER = (
 )
 
 
-def maybe_compile(model, use_compile: str, rt: Runtime, expected_seconds: float = math.inf, batch=None):
+def maybe_compile(
+    model, use_compile: str, rt: Runtime, expected_seconds: float = math.inf, batch=None, dynamic=False
+):
     """`1`: compile. `0`: do not. `auto`: compile a run that lasts long enough for it to pay, when a short
     trial succeeds (it needs a C++ compiler on CPU, Triton on CUDA); otherwise say so and go on uncompiled.
 
     Works on a model (its `compile_blocks` where it has one) or a function. `batch()` gives a micro-batch:
-    with `auto`, on a CPU, a compiled model must have the gradient of the uncompiled one on it. Returns (what
-    to call, "1" or "0").
+    with `auto`, on a CPU, a compiled model must have the gradient of the uncompiled one on it. dynamic:
+    compile for batches of any shape. Returns (what to call, "1" or "0").
     """
     auto = use_compile == "auto"
     if auto:
@@ -477,7 +479,7 @@ def maybe_compile(model, use_compile: str, rt: Runtime, expected_seconds: float 
     if use_compile == "0":
         return model, "0"
     if hasattr(model, "compile_blocks"):
-        model.compile_blocks()
+        model.compile_blocks(dynamic)
         if auto and batch is not None and rt.device.type == "cpu":
             reason = why_gradients_differ(model, batch(), rt)
             if total(int(reason is not None), rt):  # one process is enough

@@ -24,35 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs from any directory
 
 from trainer import cli  # the rest is imported where it is used: --help answers before torch is there
-from trainer.train_pretrain import token_loss  # the same loss; what is a target is decided by the labels
-
-
-def train_step(model, micro_batches, optimizers, lr_factor, args, rt) -> dict:
-    """One optimizer step; returns what the log wants. A step without targets changes nothing and is
-    counted."""
-    from trainer import optim, runtime
-
-    lr = optim.set_lr(optimizers, lr_factor)
-    counts = [micro_batches.num_targets, len(micro_batches)]
-    num_targets, num_micro = runtime.total(counts, rt)  # over all processes
-    if num_targets == 0:
-        rt.skipped += 1
-        return {"lr": lr}
-    loss_sum = aux_sum = 0.0
-    for i, batch in enumerate(micro_batches):
-        with runtime.no_sync(model, rt, last=i + 1 == len(micro_batches)):
-            with rt.autocast():
-                out = model(**batch, num_items_in_batch=1)  # divided by 1: the sum
-                loss = token_loss(out.loss, num_targets, out.aux_loss, num_micro)
-            runtime.backward(loss, rt)
-        loss_sum += out.loss.detach()
-        aux_sum += 0.0 if out.aux_loss is None else out.aux_loss.detach()
-    grad_norm = runtime.optimizer_step(model, optimizers, rt, args.grad_clip)
-    stats = {"lr": lr, "grad_norm": grad_norm, "num_tokens": micro_batches.num_tokens}
-    stats["loss"] = loss_sum, micro_batches.num_targets
-    if out.aux_loss is not None:
-        stats["aux_loss"] = aux_sum, len(micro_batches)
-    return stats
+from trainer.train_pretrain import next_token_loss  # the same loss; the labels decide what is a target
 
 
 def parse_args(argv=None):
@@ -72,55 +44,23 @@ def parse_args(argv=None):
 
 def main(args):
     from dataset.lm_dataset import load_sft
-    from trainer import batches, checkpoint, optim, progress, runtime
+    from trainer import batches, checkpoint, loop, progress, runtime
     from trainer.validation import validate
 
     rt = runtime.start(args)
     tokenizer = checkpoint.load_tokenizer()
     path = cli.find_data(args, ["sft_t2t_mini.jsonl", "sft_mini_512.jsonl"], mini="sft.jsonl")
     train, val = batches.load(load_sft, path, tokenizer, args, rt)
-    data = batches.fingerprint(train)
+    run = loop.Run("full_sft", args, rt, tokenizer, path, train, val)
+    model = run.load(checkpoint.new_model(args, tokenizer, rt))
+    model, optimizers = run.prepare(model)
 
-    model = checkpoint.new_model(args, tokenizer, rt)
-    saved = checkpoint.find_resume(args, model.config, tokenizer, data, len(train), rt)
-    parent = saved["run"]["parent"] if saved else checkpoint.load_from_weight(model, args, tokenizer, rt)
-    seconds = batches.expected_seconds(model, args, rt, len(train))
-    first = functools.partial(batches.first_micro_batch, train, args, rt)
-    model, args.use_compile = runtime.maybe_compile(model, args.use_compile, rt, seconds, first)
-    model = runtime.wrap(model, rt)
-    optimizers = cli.build_optimizers(model, args, rt)
+    def update(step, micro_batches, lr_factor):
+        return loop.optimizer_step(model, micro_batches, optimizers, lr_factor, args, rt, next_token_loss)
 
-    def update(step, micro_batches):
-        rt.seed_step(step)
-        factor = optim.lr_factor(step, batches.num_steps(len(train), args), **cli.schedule(args))
-        return train_step(model, micro_batches, optimizers, factor, args, rt)
-
-    made = []
-    if args.max_minutes and not args.max_steps:
-        undo = runtime.snapshot(model, optimizers, rt)
-        check = functools.partial(validate, model, val, args, rt)
-        args.max_steps, made = batches.steps_for_minutes(train, args, rt, update, undo, check)
-    run = checkpoint.describe("full_sft", args, tokenizer, data, batches.num_steps(len(train), args), parent)
-    progress.announce(args, rt, model, run, path, train, val)
-    log = progress.Progress(args, rt, model, run)
-    log.start(checkpoint.restore(saved, model, optimizers, rt, log))
-    log.catch_up(made)
-
-    for step, micro_batches in batches.training_steps(train, args, rt, log.done):
-        log.step(step, **update(step, micro_batches))
-        if log.due(args.val_interval):
-            with log.aside():
-                log.log(**validate(model, val, args, rt))
-        if log.due(args.save_interval):
-            with log.aside():
-                checkpoint.save(model, optimizers, args, rt, run, log)
-    if log.done == log.total_steps:  # the run was not interrupted
-        log.log(**validate(model, val, args, rt))
-    checkpoint.save(model, optimizers, args, rt, run, log)
-    log.finish()
+    run.fit(model, optimizers, update, functools.partial(validate, dataset=val, args=args, rt=rt))
     flags = progress.same_model_flags(args, known=["preset", "hidden_size", "use_moe"])
-    progress.farewell(args, rt, model, log, f"python eval_llm.py --weight {args.save_weight}{flags}")
-    runtime.stop(rt)
+    run.end(model, f"python eval_llm.py --weight {args.save_weight}{flags}")
 
 
 if __name__ == "__main__":
