@@ -300,6 +300,12 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
+def matrix_of(linear: nn.Linear) -> torch.Tensor:
+    """The matrix (out, in) that a linear layer multiplies by; of an adapted one (model_lora.py) with its
+    adapters."""
+    return linear.full_weight() if hasattr(linear, "full_weight") else linear.weight
+
+
 BLOCK = 128  # query rows per block of `blocked_attention`
 
 
@@ -468,12 +474,12 @@ class MoEFeedForward(nn.Module):
 
     def stacked(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One projection of all experts, (E, in, out), ready for a grouped product."""
-        return torch.stack([getattr(e, name).weight.to(dtype) for e in self.experts]).transpose(1, 2)
+        return torch.stack([matrix_of(getattr(e, name)).to(dtype) for e in self.experts]).transpose(1, 2)
 
     def forward(self, x, valid=None):
         """x (B, T, D) -> output (B, T, D), balance loss (scalar), expert load (E,) = share of choices."""
         flat = x.reshape(-1, x.shape[-1])
-        router_logits = F.linear(flat.float(), self.gate.weight.float())  # routing decisions in float32
+        router_logits = F.linear(flat.float(), matrix_of(self.gate).float())  # routing decisions in float32
         probs, weights, experts = route(router_logits, self.top_k, self.norm_topk_prob)
         choices = experts.reshape(-1)  # (N * k,)
         order = torch.argsort(choices, stable=True)
@@ -493,7 +499,8 @@ class MoEFeedForward(nn.Module):
 
     def product(self, x, name, counts):
         """x (N * k, in) in expert order times each expert's matrix -> (N * k, out)."""
-        if x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        drops = getattr(getattr(self.experts[0], name), "drops", False)  # adapters with dropout
+        if x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and not drops:
             weight = self.stacked(name, x.dtype)
             with torch.autocast(x.device.type, enabled=False):
                 return F.grouped_mm(x, weight, offs=counts.cumsum(0).to(torch.int32))
@@ -801,7 +808,7 @@ class MiniMindLM(nn.Module):
             if num_items_in_batch is None:
                 num_items_in_batch = (targets != -100).sum().clamp(min=1)
             loss = linear_cross_entropy_sum(
-                hidden.reshape(-1, hidden.shape[-1]), self.lm_head.weight, targets, self.compute_chunk
+                hidden.reshape(-1, hidden.shape[-1]), matrix_of(self.lm_head), targets, self.compute_chunk
             )
             loss = loss / num_items_in_batch
         if labels is None if return_logits is None else return_logits:

@@ -11,6 +11,14 @@ Prints one line per metric: share of right answers with its 95 % interval, greed
     sums             one- and two-digit sums with operands never seen
     chat             small talk: an expected keyword in a short answer
     ended            answers that end by themselves
+
+and by --exams, for the stages that teach something more:
+
+    identity         who the assistant is, after the LoRA adapter of that name
+    medical          first aid, in question forms never seen
+    reason_direct    expressions and word problems of three numbers, answered at once
+    reason           the same, thinking first (--open_thinking of eval_llm.py)
+    well_formed      thoughts that are not empty, end once with </think>, and are followed by an answer
 """
 
 import argparse
@@ -29,7 +37,13 @@ FILES = {
     "facts_unasked": "eval_facts_unasked.jsonl",
     "sums": "eval_sums.jsonl",
     "chat": "eval_chat.jsonl",
+    "identity": "lora_identity_heldout.jsonl",
+    "medical": "lora_medical_heldout.jsonl",
+    "reason_direct": "reason_heldout.jsonl",
+    "reason": "reason_heldout.jsonl",
 }
+THINKING = {"reason"}  # exams in which the model thinks first
+DEFAULT_EXAMS = ("bits_per_byte", "facts_asked", "facts_unasked", "sums", "chat")
 CONVERSATIONS = {
     "en": [
         "Hello!",
@@ -53,11 +67,11 @@ def interval(share: float, n: int) -> float:
     return z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n) if n else 0.0
 
 
-def answer(engine, tokenizer, conversations, max_new_tokens: int) -> list:
+def answer(engine, tokenizer, conversations, max_new_tokens: int, open_thinking: bool = False) -> list:
     """Greedy answers to lists of messages, batched; Completion objects with their text."""
     from dataset.lm_dataset import encode_prompt
 
-    prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
+    prompts = [encode_prompt(tokenizer, messages, None, open_thinking) for messages in conversations]
     return engine.generate(prompts, tokenizer=tokenizer, max_new_tokens=max_new_tokens, temperature=0)
 
 
@@ -76,26 +90,50 @@ def bits_per_byte(model, tokenizer, path: Path, max_seq_len: int = 512) -> float
     return nats / math.log(2) / data.num_bytes
 
 
+def is_well_formed(reply) -> bool:
+    """Whether an answer that began with thoughts is: thoughts, one </think>, an answer, and an end."""
+    thoughts, *rest = reply.text.split("</think>")
+    tags = "<think>" in reply.text  # the opening tag stands in the prompt
+    return (
+        len(rest) == 1
+        and not tags
+        and all(map(str.strip, (thoughts, *rest)))
+        and reply.finish_reason == "eos"
+    )
+
+
 def examine(
-    model, tokenizer, data_dir: Path, max_new_tokens: int = 64, engine=None, num_items: int = 0
+    model,
+    tokenizer,
+    data_dir: Path,
+    max_new_tokens: int = 64,
+    engine=None,
+    num_items: int = 0,
+    exams=DEFAULT_EXAMS,
 ) -> dict:
     """All metrics of one model: {"metrics": {name: number}, "intervals": ..., "items": ..., "wrong":
-    samples}. num_items: a fixed random choice of so many questions per exam, 0 = all."""
+    samples}. num_items: a fixed random choice of so many questions per exam, 0 = all. Thoughts may be three
+    times as long as answers."""
     from dataset.mini_eval import is_correct
     from model.generation import Generator
 
     engine = engine or Generator(model, "float32")
     result = {"metrics": {}, "intervals": {}, "items": {}, "wrong": {}, "groups": {}}
     metrics = result["metrics"]
-    metrics["bits_per_byte"] = bits_per_byte(model, tokenizer, data_dir / "pretrain_heldout.jsonl")
+    if "bits_per_byte" in exams:
+        metrics["bits_per_byte"] = bits_per_byte(model, tokenizer, data_dir / "pretrain_heldout.jsonl")
     ended = []
-    for name, file in FILES.items():
-        rows = read_rows(data_dir / file)
+    for name in (name for name in FILES if name in exams):
+        rows = read_rows(data_dir / FILES[name])
         if num_items:
             rows = random.Random(0).sample(rows, min(num_items, len(rows)))
-        replies = answer(
-            engine, tokenizer, [[{"role": "user", "content": r["question"]}] for r in rows], max_new_tokens
-        )
+        questions = [[{"role": "user", "content": r["question"]}] for r in rows]
+        thinks = name in THINKING
+        replies = answer(engine, tokenizer, questions, max_new_tokens * (3 if thinks else 1), thinks)
+        if thinks:
+            metrics["well_formed"] = sum(map(is_well_formed, replies)) / len(rows)
+            result["intervals"]["well_formed"] = interval(metrics["well_formed"], len(rows))
+            result["items"]["well_formed"] = len(rows)
         right = [is_correct(row, reply.text) for row, reply in zip(rows, replies)]
         ended += [reply.finish_reason == "eos" for reply in replies]
         metrics[name] = sum(right) / len(rows)
@@ -110,9 +148,10 @@ def examine(
         for row, ok in zip(rows, right):
             groups.setdefault(row["group"], []).append(ok)
         result["groups"][name] = {g: sum(v) / len(v) for g, v in sorted(groups.items())}
-    metrics["ended"] = sum(ended) / len(ended)
-    result["items"]["ended"] = len(ended)
-    result["intervals"]["ended"] = interval(metrics["ended"], len(ended))
+    if ended:
+        metrics["ended"] = sum(ended) / len(ended)
+        result["items"]["ended"] = len(ended)
+        result["intervals"]["ended"] = interval(metrics["ended"], len(ended))
     return result
 
 
@@ -141,6 +180,16 @@ def parse_args(argv=None):
     parser.add_argument(
         "--max_new_tokens", type=int, default=64, help="limit of an answer, in tokens (default: 64)"
     )
+    parser.add_argument(
+        "--lora_weight", type=Path, metavar="FILE", help="an adapter to add, out/lora/lora_identity_256.pth"
+    )
+    parser.add_argument(
+        "--exams",
+        type=lambda text: text.split(","),
+        default=list(DEFAULT_EXAMS),
+        metavar="A,B",
+        help=f"which of bits_per_byte, {', '.join(FILES)} (default: {','.join(DEFAULT_EXAMS)})",
+    )
     parser.add_argument("--items", type=int, default=0, help="questions per exam, 0 = all (default: 0)")
     parser.add_argument(
         "--dtype",
@@ -156,7 +205,11 @@ def parse_args(argv=None):
     parser.add_argument(
         "--untrained", action="store_true", help="random weights of the same architecture instead"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    unknown = set(args.exams) - {*FILES, "bits_per_byte"}
+    if unknown:
+        parser.error(f"--exams {','.join(sorted(unknown))}: choose from bits_per_byte,{','.join(FILES)}")
+    return args
 
 
 def main(args):
@@ -175,14 +228,21 @@ def main(args):
     if not (args.data_dir / FILES["sums"]).exists():
         raise SystemExit(f"{args.data_dir} holds no curriculum; write it with: python dataset/make_mini.py")
     tokenizer = checkpoint.load_tokenizer()
-    model, _ = checkpoint.load_model(path, tokenizer)
+    model, metadata = checkpoint.load_model(path, tokenizer)
+    if args.lora_weight:
+        from model.model_lora import merge_lora
+
+        note = checkpoint.load_adapter(model, args.lora_weight, metadata)
+        if note:
+            print(note)
+        merge_lora(model)
     if args.untrained:
         torch.manual_seed(0)
         model = MiniMindLM(model.config).eval()
     if args.use_compile:
         print("compiling the engine; the first time that takes about a minute", flush=True)
     engine = Generator(model, args.dtype, compile=bool(args.use_compile))
-    result = examine(model, tokenizer, args.data_dir, args.max_new_tokens, engine, args.items)
+    result = examine(model, tokenizer, args.data_dir, args.max_new_tokens, engine, args.items, args.exams)
     result["conversations"] = {lang: talk(engine, tokenizer, turns) for lang, turns in CONVERSATIONS.items()}
     result["seconds"] = time.time() - started
     for name, value in result["metrics"].items():

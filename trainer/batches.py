@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -250,6 +251,24 @@ def load(loader, path, tokenizer, args, rt):
     if val is not None and not args.val_path and args.max_minutes and rt.device.type == "cpu":
         val = val.thinned(int(cli.validation_tokens(args) / args.max_seq_len))
     return train, val
+
+
+TAX_ROWS = 256  # of an earlier stage's held-out data: enough to see it forgotten
+
+
+def load_tax(path, tokenizer, args, rt):
+    """The held-out conversations of an earlier stage, by which the alignment tax is measured: --tax_path, or
+    what lies beside the embedded curriculum's file `path`; None when there is neither."""
+    from dataset.lm_dataset import load_sft
+    from trainer import runtime
+
+    beside = Path(path).parent / "sft_heldout.jsonl"
+    chosen = args.tax_path or (str(beside) if beside.exists() else None)
+    if chosen in (None, "none"):
+        return None
+    options = {"cache_dir": args.cache_dir, "num_workers": args.num_workers}
+    with runtime.main_first(rt):
+        return load_sft(chosen, tokenizer, args.max_seq_len, seed=args.seed, **options)[0].thinned(TAX_ROWS)
 
 
 def expected_seconds(model, args, rt, dataset) -> float:

@@ -250,14 +250,14 @@ def template_hash(tokenizer) -> str:
     return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:16]
 
 
-def save_weights(model, path: Path, metadata: dict, dtype: str = "float32"):
-    """Write a model's state dict and what it is: `metadata` must hold plain values; the config is added
-    here."""
+def save_weights(model, path: Path, metadata: dict, dtype: str = "float32", state: dict | None = None):
+    """Write a model's state dict, or a part of it, and what it is: `metadata` must hold plain values; the
+    config is added here."""
     import torch
 
     dtype = getattr(torch, dtype)
-    state, seen = {}, {}
-    for name, tensor in model.state_dict().items():
+    tensors, state, seen = (state or model.state_dict()), {}, {}
+    for name, tensor in tensors.items():
         key = (tensor.data_ptr(), tensor.shape)  # a tied tensor is converted, and stored, once
         if key not in seen:
             seen[key] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
@@ -348,6 +348,82 @@ def load_weights(model, path: Path, tokenizer=None) -> dict:
     require_finite_file(state, path)
     model.load_state_dict(state, strict=True)
     return metadata
+
+
+# --------------------------------------------------------------------------------------------------
+# Adapters
+# --------------------------------------------------------------------------------------------------
+
+
+def adapter_path(args, config, name: str | None = None) -> Path:
+    """Where the adapter of this name and width is written: out/lora/lora_xxx_512.pth."""
+    folder = Path(args.save_dir)
+    return (
+        folder if folder.name == "lora" else folder / "lora"
+    ) / f"{stem(name or args.save_weight, config)}.pth"
+
+
+def find_adapter(args, config, name: str) -> Path:
+    """The file of an adapter: a path, or a name in out/lora (or in out, where MiniMind-3 puts it)."""
+    if name.endswith(".pth"):
+        return Path(name)
+    place = adapter_path(args, config, name)
+    beside = Path(args.save_dir) / place.name
+    return beside if beside.exists() and not place.exists() else place
+
+
+def save_adapter(lora_config, model, path: Path, metadata: dict, dtype: str = "float32"):
+    """Write the trained adapter alone, with its settings and the checksum of the base it was trained on."""
+    from model.model_lora import lora_state
+
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(lora_config).items()}
+    save_weights(model, path, {**metadata, "lora": settings}, dtype, lora_state(model))
+
+
+def read_adapter(path: Path):
+    """(tensors, LoRAConfig, metadata) of an adapter file; also of MiniMind's (`....lora.A.weight`, no scale).
+    Raises CheckpointError for a file that holds none."""
+    from model.model_lora import LoRAConfig
+
+    if not path.exists():
+        near = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
+        hint = f" (there is {', '.join(near[:4])})" if near else ""
+        raise CheckpointError(f"{shown(path)} does not exist{hint}: train it with trainer/train_lora.py")
+    state, metadata = read_weights(path)
+    state = {name.removeprefix("module.").removesuffix(".weight"): t for name, t in state.items()}
+    if not all(".lora." in name for name in state):
+        raise CheckpointError(f"{shown(path)} holds whole weights, not an adapter: give it as --weight")
+    settings = metadata.get("lora")
+    if settings is None:  # MiniMind's files: y = x W^T + x A^T B^T
+        rank = next(t.shape[0] for name, t in state.items() if name.endswith(".A"))
+        settings = {"rank": rank, "alpha": float(rank)}
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    require_finite_file(state, path)
+    return state, LoRAConfig(**settings), metadata
+
+
+def load_adapter(model, path: Path, base: dict, name: str = "default", scale: float = 1.0) -> str | None:
+    """Add a trained adapter to a model whose file has the metadata `base`. Returns a sentence when it was
+    trained on other weights of the same architecture; raises CheckpointError when it cannot fit."""
+    from model.model_lora import apply_lora
+
+    state, lora_config, metadata = read_adapter(path)
+    mine, theirs = plain_config(model.config), metadata.get("config", {})
+    differing = [f for f in ARCHITECTURE_FIELDS if f in theirs and f in mine and theirs[f] != mine[f]]
+    if differing:
+        sides = ", ".join(f"{f} {theirs[f]} (this base: {mine[f]})" for f in differing)
+        raise CheckpointError(f"{shown(path)} was trained on a base with {sides}: use it with that base")
+    try:
+        apply_lora(model, state, lora_config, name, scale)
+    except ValueError as error:
+        raise CheckpointError(f"{shown(path)}: {error}; use it with the base it was trained on") from None
+    parent = metadata.get("parent") or {}
+    if parent.get("crc32") not in (None, base.get("crc32")):
+        return (
+            f"note: {shown(path)} was trained on other weights ({parent.get('weight')}, step "
+            f"{parent.get('step')}) than these ({base.get('stage')}, step {base.get('step')})"
+        )
+    return None
 
 
 MOE_FIELDS = tuple(

@@ -529,6 +529,16 @@ def stage_parser(doc: str, **defaults) -> StageParser:
 ABSENT = object()  # as a default in stage_parser: this stage has no such flag
 
 
+def add_tax_path(parser):
+    """--tax_path, for stages that change a model which could do something before."""
+    parser.add_argument(
+        "--tax_path",
+        metavar="FILE",
+        help="held-out conversations of an earlier stage: their loss before and after is what this stage "
+        "costs (alignment tax); without it sft_heldout.jsonl beside the data, if there; none = do not look",
+    )
+
+
 def model_config(args):
     """The MiniMindConfig of --preset and the architecture flags; what was not given comes from the preset."""
     from model.model_minimind import MiniMindConfig

@@ -33,6 +33,8 @@ class Progress:
         self.flops_per_token = flops_per_token(
             config, args.max_seq_len, count_parameters(runtime.bare(model))[1]
         )
+        frozen = sum(p.numel() for p in runtime.bare(model).parameters() if not p.requires_grad)
+        self.flops_per_token -= 2 * frozen  # nobody asks for their gradient
         self.path = Path(args.save_dir) / f"{args.save_weight}_log.jsonl"
         self.done = 0  # finished optimizer steps of the run
         self.tokens = 0  # consumed by the run, over all processes, without padding

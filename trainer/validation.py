@@ -7,6 +7,14 @@ import math
 from trainer import batches, runtime
 
 
+def held_out(model, val, tax, args, rt) -> dict:
+    """The metrics of a stage that changes a model which could do something before: `validate` of its own
+    held-out set, and as "tax_loss" of one of an earlier stage. What rises there is the alignment tax."""
+    result = validate(model, val, args, rt)
+    earlier = validate(model, tax, args, rt)
+    return result | ({"tax_loss": earlier["val_loss"]} if earlier else {})
+
+
 def validate(model, dataset, args, rt) -> dict:
     """{"val_loss", "val_bpb"} of a held-out set; {} for None. The same set gives the same numbers for any
     number of processes (up to rounding): sums are divided once.
