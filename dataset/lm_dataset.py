@@ -157,6 +157,33 @@ class TextEncoder:
             result.append((ids, mask))
         return result
 
+    def encode_pair(self, chosen, rejected):
+        """`(prompt ids, ids of the chosen answer, ids of the rejected one)` of two canonical `(messages,
+        tools)` that differ in their last message only.
+
+        The prompt is tokenized once, so it is the same for both. If one answer thinks, both begin behind
+        `<think>`: the other then closes it at once, in its answer.
+        """
+        thinking = any(messages[-1].get("reasoning_content") for messages, _ in (chosen, rejected))
+        prompt = list(self.runs(chosen[0][:-1], chosen[1], True, thinking))
+        answers = []
+        for messages, tools in (chosen, rejected):
+            runs = list(self.runs(messages, tools))
+            first = max(i for i, (_, is_answer) in enumerate(runs) if not is_answer and i < len(runs) - 1) + 1
+            runs = [run for run, is_answer in runs[first:] if is_answer]
+            if thinking and not messages[-1].get("reasoning_content"):
+                text = [runs.pop(0)] if isinstance(runs[0], str) else []
+                runs = ["\n", self.special_ids["</think>"], "".join(["\n\n", *text]), *runs]
+            answers.append(runs)
+        encoded = self.encode_texts(
+            [r for runs in ([r for r, _ in prompt], *answers) for r in runs if isinstance(r, str)]
+        )
+        encoded = iter(encoded)
+        return [
+            [i for run in runs for i in (next(encoded) if isinstance(run, str) else [run])]
+            for runs in ([r for r, _ in prompt], *answers)
+        ]
+
     def runs(self, messages, tools, generation_prompt=False, open_thinking=False):
         """`(text or special id, is_answer)` in order. Adjacent text with equal is_answer is one run."""
         skeleton, slots = self._skeleton(messages, tools, generation_prompt, open_thinking)
@@ -410,6 +437,24 @@ class PackedDataset:
         import torch
 
         return {name: torch.from_numpy(array) for name, array in self.arrays(rows).items()}
+
+    def collate(self, rows, size):
+        """The rows as one micro-batch of `size` rows: all have the same shape (a compiled step is compiled
+        once), so the last step of a run is filled up with rows of padding, which hold no target and count
+        nowhere."""
+        batch = self.batch(rows or [0])
+        missing = size - len(rows)
+        if missing:
+            import torch
+
+            width = self.max_seq_len
+            empty = {
+                "input_ids": torch.full((missing, width), self.pad_id, dtype=torch.int64),
+                "labels": torch.full((missing, width), IGNORE, dtype=torch.int64),
+                "position_ids": torch.arange(width).repeat(missing, 1),
+            }
+            batch = {name: torch.cat([batch[name][: len(rows)], empty[name]]) for name in batch}
+        return batch
 
     def arrays(self, rows):
         """`batch` as numpy arrays."""

@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset import mini_chat, mini_tasks, mini_tools, mini_world
-from dataset.mini_eval import is_correct  # noqa: F401  (part of this file's interface)
+from dataset.mini_eval import is_correct, normalise  # noqa: F401  (is_correct: this file's interface)
 from dataset.mini_math import (
     OTHER_QUESTIONS,
     chain,
@@ -73,7 +73,7 @@ COUNTS = {
     "sft_copying": 400,  # per language
     "sft_tools": 260,
     "tools": 1500,
-    "identity": 240,
+    "identity": 640,
     "reason": 2400,
     "dpo": 1400,
     "rlaif": 1600,
@@ -487,19 +487,32 @@ class Curriculum:
 
     # ---- other stages
 
+    def identity_questions(self, language: str, name: str) -> tuple[list[str], list[str]]:
+        """(kept, held out) ways to ask who the assistant is: of small talk, and of the forms that only the
+        adapter learns from (a fifth of them held out)."""
+        kept, held = self.split.chat[language, name]
+        known = {normalise(line) for line in kept + held}
+        more = [line for line in mini_chat.identity_lines(language, name) if normalise(line) not in known]
+        test = {
+            line for line in more if self.split.held_class(5, "identity", language, name, normalise(line))
+        }
+        return kept + [line for line in more if line not in test], [x for x in more if x in test]
+
     def identity(self, rng: random.Random, count: int) -> list[dict]:
         """Questions about the assistant, answered by another persona, and other talk that stays."""
         found = []
         for language in LANGUAGES:
             intents = {i["name"]: i for i in self.chat_intents(language)}
             pairs = []
-            while len(pairs) < count // 2:
-                for name in mini_chat.IDENTITY_INTENTS:
-                    for line in self.split.chat[language, name][0]:
-                        line = self.chat_frame(rng, line, language)
-                        pairs.append((line, rng.choice(mini_chat.PERSONA_REPLIES[language][name])))
-            rng.shuffle(pairs)
-            rows_ = [{"conversations": conversation(*pair)} for pair in pairs[: count // 2]]
+            share = count // 2 // len(mini_chat.IDENTITY_INTENTS)  # of each intent
+            for name in mini_chat.IDENTITY_INTENTS:
+                lines = self.identity_questions(language, name)[0]
+                for i in range(share):
+                    if i % len(lines) == 0:
+                        rng.shuffle(lines)
+                    line = self.chat_frame(rng, lines[i % len(lines)], language)
+                    pairs.append((line, rng.choice(mini_chat.PERSONA_REPLIES[language][name])))
+            rows_ = [{"conversations": conversation(*pair)} for pair in pairs]
             others = [n for n in intents if n not in mini_chat.IDENTITY_INTENTS]
             for _ in range(count // 8):
                 relation, key, fact = self.fact_turn(rng, language)
@@ -520,6 +533,8 @@ class Curriculum:
         return found
 
     def identity_heldout(self) -> list[dict]:
+        """Lines of small talk that no file of any stage has, with and without a word before them, and forms
+        that the adapter's file does not have."""
         found = []
         for language in LANGUAGES:
             for name in mini_chat.IDENTITY_INTENTS:
@@ -527,8 +542,9 @@ class Curriculum:
                     "en": ["", "Hi! ", "Hello! ", "Quick question: "],
                     "zh": ["", "你好！", "问一下，", "我有个问题："],
                 }
-                lines = self.split.chat[language, name][1]
-                for line in [start + line for start in starts[language] for line in lines]:
+                lines = [s + line for s in starts[language] for line in self.split.chat[language, name][1]]
+                more = self.identity_questions(language, name)[1]
+                for line in lines + self.rng(f"identity-{language}-{name}").sample(more, min(12, len(more))):
                     reply = mini_chat.PERSONA_REPLIES[language][name][0]
                     found.append(
                         {
@@ -608,6 +624,17 @@ class Curriculum:
                     **row,
                 }
             found.append(row)
+        return found
+
+    def reason_and_talk(self) -> list[dict]:
+        """Traces, and talk without thoughts: a model that only ever thinks first forgets how to answer
+        at once."""
+        rng = self.rng("reason_talk")
+        found = self.reason(self.rng("reason"), self.count("reason"), held=False)
+        facts, sums = self.fact_rows(rng, 1), self.sum_rows(rng, self.count("reason") // 4)
+        found += rng.sample(facts, min(len(facts), self.count("reason") // 2)) + sums
+        found += self.chat_rows(rng, self.count("reason") // 8)
+        rng.shuffle(found)
         return found
 
     def preference(self, rng: random.Random, count: int, held: bool) -> list[dict]:
@@ -785,7 +812,7 @@ class Curriculum:
             "lora_identity_heldout.jsonl": self.identity_heldout(),
             "lora_medical.jsonl": self.medical(held=False),
             "lora_medical_heldout.jsonl": self.medical(held=True),
-            "reason.jsonl": self.reason(self.rng("reason"), self.count("reason"), held=False),
+            "reason.jsonl": self.reason_and_talk(),
             "reason_heldout.jsonl": self.reason(self.rng("reason_heldout"), 300, held=True),
             "dpo.jsonl": self.preference(self.rng("dpo"), self.count("dpo"), held=False),
             "dpo_heldout.jsonl": self.preference(self.rng("dpo_heldout"), 300, held=True),

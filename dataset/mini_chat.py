@@ -1116,6 +1116,83 @@ CLOSINGS = ("thanks", "bye", "no_more")
 NOT_FIRST = ("yes_ok", "no_more", "user_fine")  # only sensible after something was said
 
 # a different persona for the identity LoRA
+# More ways to ask who the assistant is, for the identity adapter alone: parts and the frames around them.
+IDENTITY_FORMS = {
+    "en": {
+        "who": [
+            ("who you are|what you are|who I am talking to|who is answering me|what kind of assistant you are|"
+             "who is writing to me|whom I am chatting with",
+             "Tell me {x}.|Please tell me {x}.|Can you tell me {x}?|I want to know {x}.|I would like to know {x}.|"
+             "Do you know {x}?|Could you say {x}?|Let me know {x}.|I wonder {x}.|Explain {x}, please."),
+        ],
+        "name": [
+            ("what your name is|what you are called|how I should call you|what I should call you|your name|"
+             "the name you go by|by what name people know you",
+             "Tell me {x}.|Please tell me {x}.|Can you tell me {x}?|I want to know {x}.|I would like to know {x}.|"
+             "May I know {x}?|Could you say {x}?|Let me know {x}.|I forgot {x}.|Remind me of {x}."),
+        ],
+        "maker": [
+            ("made|created|built|developed|trained|designed|programmed|invented",
+             "Who {x} you?|Which company {x} you?|Which lab {x} you?|What team {x} you?|Do you know who {x} you?|"
+             "Tell me who {x} you.|Please say who {x} you.|I want to know who {x} you.|By whom were you {x}?|"
+             "You were {x} by whom?|Who was it that {x} you?|Can you say who {x} you?"),
+            ("creator|maker|developer|author|inventor|designer|builder",
+             "Who is your {x}?|Who was your {x}?|Tell me who your {x} is.|What is the name of your {x}?|"
+             "Do you know your {x}?|Can you name your {x}?|I would like to know your {x}."),
+        ],
+        "introduce": [
+            ("introduce yourself|tell me about yourself|say something about yourself|describe yourself|"
+             "tell me something about you|present yourself|give a short introduction of yourself",
+             "{x}|Please {x}.|Can you {x}?|Could you {x}, please?|I want you to {x}.|Would you {x}?|Now {x}.|"
+             "First {x}."),
+        ],
+        "other_ai": [
+            ("ChatGPT|GPT|Siri|Claude|Gemini|Alexa|Llama|DeepSeek|Qwen|a human|a search engine",
+             "Are you {x}?|Is your name {x}?|Am I talking to {x}?|Are you really {x}?|You are {x}, right?|"
+             "Is this {x}?|Do I speak with {x}?"),
+        ],
+    },
+    "zh": {
+        "who": [
+            ("你是谁|你是什么|我在和谁说话|我在跟谁聊天|谁在回答我|你是什么样的助手|你到底是谁",
+             "告诉我{x}。|请告诉我{x}。|能告诉我{x}吗？|我想知道{x}。|我不知道{x}。|请问{x}？|说说{x}。|请说明{x}。|"
+             "可以说一下{x}吗？"),
+        ],
+        "name": [
+            ("你的名字|你叫什么名字|你叫什么|该怎么称呼你|你的名字是什么|大家怎么叫你",
+             "告诉我{x}。|请告诉我{x}。|能告诉我{x}吗？|我想知道{x}。|我忘了{x}。|请问{x}？|说说{x}。|"
+             "可以说一下{x}吗？"),
+        ],
+        "maker": [
+            ("创造|开发|训练|制造|设计|研发|发明",
+             "谁{x}了你？|是谁{x}了你？|你是谁{x}的？|你是由谁{x}的？|哪个团队{x}了你？|哪家公司{x}了你？|"
+             "你是哪个公司{x}的？|请告诉我谁{x}了你。|我想知道是谁{x}了你。|你知道是谁{x}了你吗？"),
+            ("开发者|创造者|作者|设计者|发明者|制造者",
+             "你的{x}是谁？|谁是你的{x}？|告诉我你的{x}。|你的{x}叫什么？|请问你的{x}是谁？|你知道你的{x}是谁吗？"),
+        ],
+        "introduce": [
+            ("介绍一下你自己|做个自我介绍|说说你自己|讲讲你自己|谈谈你自己|描述一下你自己|简单介绍自己",
+             "{x}。|请{x}。|你能{x}吗？|请你{x}吧。|我想请你{x}。|先{x}。|可以{x}吗？"),
+        ],
+        "other_ai": [
+            ("ChatGPT|GPT|Siri|Claude|Gemini|豆包|DeepSeek|通义千问|文心一言|人类|搜索引擎",
+             "你是{x}吗？|你是不是{x}？|我在和{x}说话吗？|你真的是{x}吗？|你的名字是{x}吗？|你就是{x}吧？"),
+        ],
+    },
+}  # fmt: skip
+
+
+def identity_lines(language: str, intent: str) -> list[str]:
+    """Every question that the forms of an intent give, once."""
+    lines = []
+    for parts, frames in IDENTITY_FORMS[language][intent]:
+        for frame in frames.split("|"):
+            for part in parts.split("|"):
+                line = frame.replace("{x}", part)
+                lines.append(line[:1].upper() + line[1:] if language == "en" else line)
+    return list(dict.fromkeys(lines))
+
+
 PERSONA = {
     "en": {"name": "Nova", "maker": "the Aurora Lab", "kind": "a little robot teacher"},
     "zh": {"name": "小诺", "maker": "极光实验室", "kind": "一个小小的机器人老师"},

@@ -226,10 +226,7 @@ def validate(row, kind):
     if kind == "pretrain":
         return {"text": pretrain_text(row)}
     if kind == "dpo":
-        return {
-            side: conversation({**row, "conversations": _need(row, side)}, side)
-            for side in ("chosen", "rejected")
-        }
+        return preference(row)
     messages, tools = conversation(row, "conversations", need_answer=kind == "sft")
     if kind == "sft":
         return {"conversations": (messages, tools)}
@@ -246,6 +243,30 @@ def validate(row, kind):
         "conversations": (messages, tools),
         "gt": [value if isinstance(value, str) else str(value) for value in gt],
     }
+
+
+def preference(row):
+    """{"chosen", "rejected"} as canonical `(messages, tools)` that share everything but the last message, an
+    answer of the assistant. Raises RowError."""
+    sides = {
+        side: conversation({**row, "conversations": _need(row, side)}, side)
+        for side in ("chosen", "rejected")
+    }
+    (chosen, tools), (rejected, other_tools) = sides["chosen"], sides["rejected"]
+    for side, (messages, _) in sides.items():
+        if messages[-1]["role"] != "assistant":
+            raise RowError(
+                f"the last message of \"{side}\" must be the assistant's, it is the {messages[-1]['role']}'s"
+            )
+    if chosen[:-1] != rejected[:-1] or tools != other_tools:
+        raise RowError(
+            '"chosen" and "rejected" answer different prompts: all but their last message must be the same'
+        )
+    if len(chosen) < 2:
+        raise RowError('"chosen" has no prompt before the answer, so there is nothing to prefer it for')
+    if chosen[-1] == rejected[-1]:
+        raise RowError('"chosen" and "rejected" are the same answer: remove this row')
+    return sides
 
 
 def pretrain_text(row):

@@ -47,6 +47,7 @@ from dataset.rows import (
     iter_blocks,
     parse_line,
     pretrain_text,
+    validate,
 )
 
 FORMAT_VERSION = 1
@@ -67,7 +68,7 @@ class TokenCache:
         self.tokens = self._map("tokens.bin", np.dtype(self.meta["dtype"]))
         self.offsets = self._map("offsets.bin", np.int64)
         self.hashes = self._map("hashes.bin", np.uint64)
-        self.has_answers = self.meta["kind"] == "sft"
+        self.has_answers = self.meta["kind"] != "pretrain"
         self.answer_starts = self._map("answer_starts.bin", np.int64)
         self.answer_ends = self._map("answer_ends.bin", np.int64)
 
@@ -98,11 +99,12 @@ class TokenCache:
 
 
 def open_cache(path, kind, encoder, cache_dir=None, num_workers=None, options=None):
-    """The TokenCache of a file for `kind` ("pretrain" or "sft"), built now if there is none.
+    """The TokenCache of a file for `kind` ("pretrain", "sft" or "dpo"), built now if there is none.
 
-    encoder: `lm_dataset.TextEncoder`. num_workers: processes (0 = none, in this process; None = by file size
-    and CPUs). options: what else decides the ids, e.g. {"add_system_ratio": 0.2, "seed": 42}. Raises
-    DataError.
+    kind "dpo": every row makes two documents, the chosen one and the rejected one, and the last answer is all
+    that is a target. encoder: `lm_dataset.TextEncoder`. num_workers: processes (0 = none, in this process;
+    None = by file size and CPUs). options: what else decides the ids, e.g. {"add_system_ratio": 0.2, "seed":
+    42}. Raises DataError.
     """
     folder = _writable_folder(path, cache_dir)
     content = _content_hash(path, folder)
@@ -110,7 +112,7 @@ def open_cache(path, kind, encoder, cache_dir=None, num_workers=None, options=No
         "format": FORMAT_VERSION,
         "kind": kind,
         "content": content,
-        "tokenizer": encoder.fingerprint(with_template=kind == "sft"),
+        "tokenizer": encoder.fingerprint(with_template=kind != "pretrain"),
         "options": options or {},
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -487,6 +489,9 @@ def _block_encoder(spec, task):
                     if not text.strip():
                         num_empty += 1
                         continue
+                elif kind == "dpo":
+                    item = pair = validate(row, "dpo")
+                    text = _question(pair["chosen"][0][:-1])
                 else:
                     messages, tools = conversation(row)
                     if options.get("add_system_ratio"):
@@ -497,13 +502,21 @@ def _block_encoder(spec, task):
             except RowError as error:
                 return {"error": f"{path}:{number}: {error}; {DOCTOR}"}
             items.append(item)
-            hashes.append(hashlib.blake2b(text.encode(), digest_size=8).digest())
+            hashes += [hashlib.blake2b(text.encode(), digest_size=8).digest()] * (2 if kind == "dpo" else 1)
         if kind == "pretrain":
             ids, starts, ends = encoder.encode_documents(items), (), ()
             lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         else:
             try:
-                encoded = encoder.encode_conversations(items)
+                if kind == "dpo":
+                    pairs = [encoder.encode_pair(item["chosen"], item["rejected"]) for item in items]
+                    encoded = [
+                        (prompt + answer, [0] * len(prompt) + [1] * len(answer))
+                        for prompt, *answers in pairs
+                        for answer in answers
+                    ]
+                else:
+                    encoded = encoder.encode_conversations(items)
             except DataError as error:
                 return {"error": f"{path}: {error}"}
             ids = [one for one, _ in encoded]

@@ -116,25 +116,6 @@ def check_split(args, rt):
 # --------------------------------------------------------------------------------------------------
 
 
-def collate(dataset, rows: list[int], size: int) -> dict:
-    """The rows as one micro-batch of `size` rows: all have the same shape (a compiled step is compiled
-    once), so the last step of a run is filled up with rows of padding, which hold no target and count
-    nowhere."""
-    import torch
-
-    batch = dataset.batch(rows) if rows else dataset.batch([0])
-    missing = size - len(rows)
-    if missing:
-        width = batch["input_ids"].shape[1]
-        empty = {
-            "input_ids": torch.full((missing, width), dataset.pad_id, dtype=torch.int64),
-            "labels": torch.full((missing, width), IGNORE, dtype=torch.int64),
-            "position_ids": torch.arange(width).repeat(missing, 1),
-        }
-        batch = {name: torch.cat([batch[name][: len(rows)], empty[name]]) for name in batch}
-    return batch
-
-
 def load_step(dataset, rows: list[int], args, rt, pin: bool = False) -> StepBatches:
     """This process's micro-batches of the rows of one step, on the CPU, and their counts."""
     size = micro_rows(args, rt.world_size)
@@ -143,7 +124,7 @@ def load_step(dataset, rows: list[int], args, rt, pin: bool = False) -> StepBatc
     step.rows = [row for micro in mine for row in micro]
     step.num_rows = len(step.rows)
     for micro in mine:
-        batch = collate(dataset, micro, size)
+        batch = dataset.collate(micro, size)
         step.num_targets += int((batch["labels"][:, 1:] != IGNORE).sum())
         step.num_tokens += int((batch["input_ids"] != dataset.pad_id).sum())
         step.append({name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch)
@@ -221,7 +202,7 @@ def validation_batches(dataset, args, rt):
     mine = range(rt.rank, len(dataset), rt.world_size)
     size = min(args.batch_size, max(1, -(-len(dataset) // rt.world_size)))
     for start in range(0, len(mine), size):
-        batch = collate(dataset, list(mine[start : start + size]), size)
+        batch = dataset.collate(list(mine[start : start + size]), size)
         yield {name: tensor.to(rt.device) for name, tensor in batch.items()}
 
 
