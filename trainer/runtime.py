@@ -123,7 +123,10 @@ def start(args) -> Runtime:
     set_threads(getattr(args, "num_threads", 0), device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    width = model_config(args).hidden_size if hasattr(args, "hidden_size") else 0
+    # A stage that compares its weights with those it began from (args.exact) must not round them to 8 bits:
+    # most of what a small rate changes would be rounded away.
+    rounds = hasattr(args, "hidden_size") and not getattr(args, "exact", False)
+    width = model_config(args).hidden_size if rounds else 0
     dtype = choose_dtype(getattr(args, "dtype", "auto"), device, width)
     if hasattr(args, "learning_rate"):  # the flags of a stage
         settle(args, device.type)

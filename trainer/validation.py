@@ -15,6 +15,29 @@ def held_out(model, val, tax, args, rt) -> dict:
     return result | ({"tax_loss": earlier["val_loss"]} if earlier else {})
 
 
+def preferences(model, pairs, figures, args, rt) -> dict:
+    """`figures(model, batch)`, sums over the pairs of a micro-batch, as means over all held-out pairs, named
+    val_...; {} for None."""
+    if pairs is None:
+        return {}
+    import torch
+
+    model = runtime.bare(model)
+    was_training = model.training
+    model.eval()
+    sums: dict = {}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for batch in batches.validation_batches(pairs, args, rt):
+            with rt.autocast():
+                for name, value in figures(model, batch).items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+    model.train(was_training)
+    names = sorted(sums) if rt.world_size == 1 else sorted(runtime.broadcast(list(sums), rt))
+    totals = runtime.total([sums.get(name, 0.0) for name in names], rt)
+    by_name = dict(zip(names, totals))
+    return {f"val_{name}": by_name[name] / len(pairs) for name in sums}
+
+
 def validate(model, dataset, args, rt) -> dict:
     """{"val_loss", "val_bpb"} of a held-out set; {} for None. The same set gives the same numbers for any
     number of processes (up to rounding): sums are divided once.

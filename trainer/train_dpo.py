@@ -1,0 +1,226 @@
+"""Direct preference optimisation: from pairs of answers, one chosen and one rejected, learn to prefer.
+
+    s(y)  = sum over answer tokens t:  log p(y_t | x, y_<t)
+    Delta = [s(y_w) - s_ref(y_w)] - [s(y_l) - s_ref(y_l)]
+    L     = - 1/P * sum over pairs:  log sigmoid(beta * Delta)
+
+The reference is the model before the first step; its s_ref is computed once and kept. beta (s - s_ref) is the
+implicit reward: the policy that maximises reward - beta KL(policy | reference) has exactly this one. Rafailov
+et al. 2023, https://arxiv.org/abs/2305.18290, equation 7. Other losses by --loss_type:
+
+    ipo           (Delta' - 1 / (2 beta))^2, Delta' of means over tokens    Azar et al. 2023, 2310.12036, eq. 17
+    dpop          Delta - lambda max(0, s_ref(y_w) - s(y_w))                Pal et al. 2024, 2402.13228, eq. 3
+    simpo         beta [mean(y_w) - mean(y_l)] - gamma, no reference        Meng et al. 2024, 2405.14734, eq. 6
+    sigmoid_norm  Delta of means over tokens
+
+    python trainer/train_dpo.py
+    python trainer/train_dpo.py --data_path my_pairs.jsonl --loss_type dpop --sft_weight 0.1
+    torchrun --nproc_per_node 2 trainer/train_dpo.py
+
+Reads lines {"chosen": [messages], "rejected": [messages]} and out/full_sft_512.pth; writes out/dpo_512.pth.
+Next: python eval_llm.py --weight dpo.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs from any directory
+
+from trainer import cli  # the rest is imported where it is used: --help answers before torch is there
+
+LOSS_TYPES = ("sigmoid", "ipo", "dpop", "simpo", "sigmoid_norm")
+
+
+def preference_loss(policy, reference, answers, beta, loss_type="sigmoid", dpop_lambda=5.0, simpo_gamma=0.5):
+    """policy, reference: summed log-probabilities (2B,), B chosen answers, then the B rejected ones; answers:
+    their tokens (2B,). Returns the loss of each pair (B,)."""
+    import torch.nn.functional as F
+
+    per_token = loss_type in ("ipo", "simpo", "sigmoid_norm")
+    if loss_type == "simpo":
+        reference = reference * 0
+    gain = (policy - reference) / (answers if per_token else 1)
+    gain_w, gain_l = gain.chunk(2)
+    delta = gain_w - gain_l
+    if loss_type == "ipo":
+        return (delta - 1 / (2 * beta)) ** 2
+    if loss_type == "dpop":  # a chosen answer must not become less likely than it was
+        delta = delta - dpop_lambda * F.relu(-gain_w)
+    if loss_type == "simpo":
+        return -F.logsigmoid(beta * delta - simpo_gamma)
+    return -F.logsigmoid(beta * delta)
+
+
+def sequence_logprobs(model, head, batch):
+    """Summed log-probability of every answer of a micro-batch, (2B,) float32; and the balance loss."""
+    import torch
+
+    from trainer.logprobs import answer_positions, hidden_states, token_logprobs
+
+    hidden, aux_loss = hidden_states(model, batch)
+    keep, targets = answer_positions(batch["labels"])
+    logps = token_logprobs(hidden[keep], head, targets)
+    sequence = batch["sequence_ids"].flatten()[keep]
+    return torch.zeros(len(batch["last"]), dtype=logps.dtype, device=logps.device).index_add(
+        0, sequence, logps
+    ), aux_loss
+
+
+def dpo_loss(model, batch, totals, head, args):
+    """What one micro-batch adds to L, and its sums for the log. totals: pairs ("loss"), chosen tokens and
+    micro-batches of the whole step."""
+    if batch["labels"].max() < 0:  # fewer pairs than processes: no pair, but a gradient, which DDP waits for
+        return sequence_logprobs(model, head, batch)[0].sum() * 0, {}
+    policy, aux_loss = sequence_logprobs(model, head, batch)
+    reference, answers = batch["reference"], batch["answers"]
+    losses = preference_loss(
+        policy, reference, answers, args.beta, args.loss_type, args.dpop_lambda, args.simpo_gamma
+    )
+    loss = losses.sum() / totals["loss"]
+    policy_w, policy_l = policy.chunk(2)
+    if args.sft_weight:
+        loss = loss - args.sft_weight * policy_w.sum() / totals["chosen_tokens"]
+    if aux_loss is not None:
+        loss = loss + aux_loss / totals["aux_loss"]
+    return loss, {"loss": losses.sum(), **diagnostics(policy.detach(), reference, answers, args.beta)}
+
+
+def diagnostics(policy, reference, answers, beta) -> dict:
+    """Sums over pairs: what to look at while preferences are learned. Log-probabilities per token; if both
+    fall, the model unlearns its good answers together with the bad ones (likelihood displacement)."""
+    rewards_w, rewards_l = (beta * (policy - reference)).chunk(2)
+    logps_w, logps_l = (policy / answers).chunk(2)
+    return {
+        "reward_chosen": rewards_w.sum(),
+        "reward_rejected": rewards_l.sum(),
+        "margin": (rewards_w - rewards_l).sum(),
+        "accuracy": (rewards_w > rewards_l).float().sum(),
+        "logp_chosen": logps_w.sum(),
+        "logp_rejected": logps_l.sum(),
+    }
+
+
+def parse_args(argv=None):
+    parser = cli.stage_parser(
+        __doc__,
+        save_weight="dpo",
+        from_weight="full_sft",
+        wandb_project="MiniMind-DPO",
+        max_seq_len=1024,
+        optimizer="adamw",
+        learning_rate=5e-6,
+        weight_decay=0.0,
+        batch_size=16,
+        val_fraction=0.05,
+        default_data="dataset/dpo.jsonl, else the embedded curriculum",
+    )
+    parser.set_defaults(exact=True)
+    g = parser.add_argument_group("preferences")
+    g.add_argument("--loss_type", choices=LOSS_TYPES, default="sigmoid", help="see above")
+    g.add_argument(
+        "--beta",
+        type=cli.positive_float,
+        default=0.1,
+        metavar="X",
+        help="how soon a margin is enough: large = stay close to the reference (simpo wants 2 to 10)",
+    )
+    g.add_argument(
+        "--dpop_lambda", type=cli.non_negative_float, default=5.0, metavar="X", help="weight of dpop's term"
+    )
+    g.add_argument(
+        "--simpo_gamma", type=cli.non_negative_float, default=0.5, metavar="X", help="margin simpo asks for"
+    )
+    g.add_argument(
+        "--sft_weight",
+        type=cli.non_negative_float,
+        default=0.0,
+        metavar="X",
+        help="weight of fine-tuning on the chosen answers beside it, against their becoming less likely",
+    )
+    cli.add_tax_path(parser)
+    return parser.parse_args(argv)
+
+
+def main(args):
+    from dataset.preferences import load_pairs
+    from trainer import batches, checkpoint, loop, progress, runtime
+    from trainer.validation import preferences, validate
+
+    rt = runtime.start(args)
+    tokenizer = checkpoint.load_tokenizer()
+    path = cli.find_data(args, ["dpo.jsonl"], mini="dpo.jsonl")
+    train, val = batches.load(load_pairs, path, tokenizer, args, rt)
+    tax = batches.load_tax(path, tokenizer, args, rt)
+    run = loop.Run("dpo", args, rt, tokenizer, path, train, val)
+    model = run.load(checkpoint.new_model(args, tokenizer, rt))
+    head = model.lm_head.weight
+    model, optimizers = run.prepare(model, dynamic=True)
+    references = run.saved["extra"] if run.saved else {}
+    for name, pairs in (("train", train), ("val", val)):
+        if pairs is not None:  # the model has not moved yet: it is its own reference
+            known = references.get(name)
+            references[name] = (
+                known if known is not None else reference_logprobs(model, head, pairs, args, rt)
+            )
+            pairs.reference = references[name].numpy()
+
+    def update(step, micro_batches, lr_factor):
+        chosen_tokens = sum(int(batch["answers"].chunk(2)[0].sum()) for batch in micro_batches)
+        counts = {
+            "loss": micro_batches.num_rows,
+            "chosen_tokens": chosen_tokens,
+            "aux_loss": len(micro_batches),
+        }
+        step_loss = functools.partial(dpo_loss, head=head, args=args)
+        return loop.optimizer_step(model, micro_batches, optimizers, lr_factor, args, rt, step_loss, counts)
+
+    def check(model):
+        score = functools.partial(pair_figures, head=head, args=args)
+        earlier = validate(model, tax, args, rt)
+        return preferences(model, val, score, args, rt) | (
+            {"tax_loss": earlier["val_loss"]} if earlier else {}
+        )
+
+    run.fit(model, optimizers, update, check, before=True, **references)
+    flags = progress.same_model_flags(args, known=["preset", "hidden_size", "use_moe"])
+    run.end(model, f"python eval_llm.py --weight {args.save_weight}{flags}")
+
+
+def pair_figures(model, batch, head, args) -> dict:
+    """The loss and the diagnostics of a held-out micro-batch, sums over its pairs."""
+    policy, _ = sequence_logprobs(model, head, batch)
+    reference, answers = batch["reference"], batch["answers"]
+    losses = preference_loss(
+        policy, reference, answers, args.beta, args.loss_type, args.dpop_lambda, args.simpo_gamma
+    )
+    return {"loss": losses.sum(), **diagnostics(policy, reference, answers, args.beta)}
+
+
+def reference_logprobs(model, head, pairs, args, rt):
+    """s_ref of every pair, (P, 2) float32 on the CPU, the same on every process. Computed by the very model
+    that is trained, before its first step, in the same type: Delta is 0 at step 0 but for rounding."""
+    import torch
+
+    from trainer import runtime
+
+    mine = list(range(rt.rank, len(pairs), rt.world_size))
+    mine.sort(key=lambda pair: int(pairs.lengths[pair].max()))  # neighbours of like length pack best
+    found = torch.zeros(len(pairs), 2)
+    bare = runtime.bare(model)
+    was_training = bare.training
+    bare.eval()
+    rt.print(f"reference: {len(pairs):,} pairs ...")
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for start in range(0, len(mine), args.batch_size):
+            rows = mine[start : start + args.batch_size]
+            batch = {name: t.to(rt.device) for name, t in pairs.collate(rows, len(rows)).items()}
+            with rt.autocast():
+                logps = sequence_logprobs(bare, head, batch)[0]
+            found[rows] = logps.float().cpu().view(2, -1).T
+    bare.train(was_training)
+    return torch.tensor(runtime.total(found.double(), rt)).float()
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args)
