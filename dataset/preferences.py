@@ -71,11 +71,13 @@ class PairDataset:
         last[order] = place[np.cumsum(lengths[order]) - 1]
         arrays |= {"sequence_ids": sequence_ids.reshape(-1, width), "last": last}
         arrays["answers"] = self.answers[chosen].T.ravel()
-        if not rows:
-            arrays["labels"][:] = IGNORE
         batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         if self.reference is not None:
             batch["reference"] = torch.from_numpy(self.reference[chosen].T.ravel().copy())
+        if not rows:  # nothing to learn, but a batch
+            batch["labels"].fill_(IGNORE)
+            batch["answers"].zero_()
+            batch.get("reference", batch["answers"]).zero_()
         return batch
 
     def thinned(self, num_rows):

@@ -8,9 +8,9 @@ The reference is the model before the first step; its s_ref is computed once and
 implicit reward: the policy that maximises reward - beta KL(policy | reference) has exactly this one. Rafailov
 et al. 2023, https://arxiv.org/abs/2305.18290, equation 7. Other losses by --loss_type:
 
-    ipo           (Delta' - 1 / (2 beta))^2, Delta' of means over tokens    Azar et al. 2023, 2310.12036, eq. 17
-    dpop          Delta - lambda max(0, s_ref(y_w) - s(y_w))                Pal et al. 2024, 2402.13228, eq. 3
-    simpo         beta [mean(y_w) - mean(y_l)] - gamma, no reference        Meng et al. 2024, 2405.14734, eq. 6
+    ipo           (Delta' - 1 / (2 beta))^2, Delta' of means over tokens   (Azar 2023, arXiv 2310.12036, eq. 17)
+    dpop          Delta - lambda max(0, s_ref(y_w) - s(y_w))               (Pal 2024, arXiv 2402.13228, eq. 3)
+    simpo         beta [mean(y_w) - mean(y_l)] - gamma, no reference       (Meng 2024, arXiv 2405.14734, eq. 6)
     sigmoid_norm  Delta of means over tokens
 
     python trainer/train_dpo.py
@@ -37,6 +37,7 @@ def preference_loss(policy, reference, answers, beta, loss_type="sigmoid", dpop_
     their tokens (2B,). Returns the loss of each pair (B,)."""
     import torch.nn.functional as F
 
+    answers = answers.clamp(min=1)
     per_token = loss_type in ("ipo", "simpo", "sigmoid_norm")
     if loss_type == "simpo":
         reference = reference * 0
@@ -70,13 +71,12 @@ def sequence_logprobs(model, head, batch):
 def dpo_loss(model, batch, totals, head, args):
     """What one micro-batch adds to L, and its sums for the log. totals: pairs ("loss"), chosen tokens and
     micro-batches of the whole step."""
-    if batch["labels"].max() < 0:  # fewer pairs than processes: no pair, but a gradient, which DDP waits for
-        return sequence_logprobs(model, head, batch)[0].sum() * 0, {}
     policy, aux_loss = sequence_logprobs(model, head, batch)
     reference, answers = batch["reference"], batch["answers"]
     losses = preference_loss(
         policy, reference, answers, args.beta, args.loss_type, args.dpop_lambda, args.simpo_gamma
     )
+    losses = losses * (answers.chunk(2)[0] > 0)  # a process without a pair has one of empty answers
     loss = losses.sum() / totals["loss"]
     policy_w, policy_l = policy.chunk(2)
     if args.sft_weight:
@@ -90,7 +90,7 @@ def diagnostics(policy, reference, answers, beta) -> dict:
     """Sums over pairs: what to look at while preferences are learned. Log-probabilities per token; if both
     fall, the model unlearns its good answers together with the bad ones (likelihood displacement)."""
     rewards_w, rewards_l = (beta * (policy - reference)).chunk(2)
-    logps_w, logps_l = (policy / answers).chunk(2)
+    logps_w, logps_l = (policy / answers.clamp(min=1)).chunk(2)
     return {
         "reward_chosen": rewards_w.sum(),
         "reward_rejected": rewards_l.sum(),
@@ -157,21 +157,18 @@ def main(args):
     head = model.lm_head.weight
     model, optimizers = run.prepare(model, dynamic=True)
     references = run.saved["extra"] if run.saved else {}
+    rt.print(
+        "computing the reference's log-probabilities" if not references else "reference: of the resume file"
+    )
     for name, pairs in (("train", train), ("val", val)):
         if pairs is not None:  # the model has not moved yet: it is its own reference
-            known = references.get(name)
-            references[name] = (
-                known if known is not None else reference_logprobs(model, head, pairs, args, rt)
-            )
+            if name not in references:
+                references[name] = reference_logprobs(model, head, pairs, args, rt)
             pairs.reference = references[name].numpy()
 
     def update(step, micro_batches, lr_factor):
-        chosen_tokens = sum(int(batch["answers"].chunk(2)[0].sum()) for batch in micro_batches)
-        counts = {
-            "loss": micro_batches.num_rows,
-            "chosen_tokens": chosen_tokens,
-            "aux_loss": len(micro_batches),
-        }
+        counts = {"loss": micro_batches.num_rows, "aux_loss": len(micro_batches)}
+        counts["chosen_tokens"] = int(train.answers[micro_batches.rows, 0].sum())
         step_loss = functools.partial(dpo_loss, head=head, args=args)
         return loop.optimizer_step(model, micro_batches, optimizers, lr_factor, args, rt, step_loss, counts)
 
@@ -210,7 +207,6 @@ def reference_logprobs(model, head, pairs, args, rt):
     bare = runtime.bare(model)
     was_training = bare.training
     bare.eval()
-    rt.print(f"reference: {len(pairs):,} pairs ...")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for start in range(0, len(mine), args.batch_size):
             rows = mine[start : start + args.batch_size]
