@@ -31,7 +31,7 @@ class PairDataset:
         self.lengths = lengths.reshape(-1, 2)[pairs].astype(np.int64)
         self.answers = answers.reshape(-1, 2)[pairs]  # (P, 2) tokens of the answers, <|im_end|> included
         self.pairs, self.dropped = pairs, dropped
-        self.reference = None  # (P, 2) float32, set by DPO: log-probabilities under the reference
+        self.reference = None  # (2P,) float32, chosen, then rejected; set by DPO: log-probabilities
 
     def __len__(self):
         return len(self.starts)
@@ -73,7 +73,8 @@ class PairDataset:
         arrays["answers"] = self.answers[chosen].T.ravel()
         batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         if self.reference is not None:
-            batch["reference"] = torch.from_numpy(self.reference[chosen].T.ravel().copy())
+            pairs = torch.from_numpy(chosen)
+            batch["reference"] = self.reference.view(2, -1)[:, pairs].flatten()
         if not rows:  # nothing to learn, but a batch
             batch["labels"].fill_(IGNORE)
             batch["answers"].zero_()

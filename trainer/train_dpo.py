@@ -8,9 +8,9 @@ The reference is the model before the first step; its s_ref is computed once and
 implicit reward: the policy that maximises reward - beta KL(policy | reference) has exactly this one. Rafailov
 et al. 2023, https://arxiv.org/abs/2305.18290, equation 7. Other losses by --loss_type:
 
-    ipo           (Delta' - 1 / (2 beta))^2, Delta' of means over tokens   (Azar 2023, arXiv 2310.12036, eq. 17)
-    dpop          Delta - lambda max(0, s_ref(y_w) - s(y_w))               (Pal 2024, arXiv 2402.13228, eq. 3)
-    simpo         beta [mean(y_w) - mean(y_l)] - gamma, no reference       (Meng 2024, arXiv 2405.14734, eq. 6)
+    ipo           (Delta' - 1 / (2 beta))^2, Delta' of means over tokens  (Azar 2023, arXiv 2310.12036 eq. 17)
+    dpop          Delta - lambda max(0, s_ref(y_w) - s(y_w))              (Pal 2024, arXiv 2402.13228 eq. 3)
+    simpo         beta [mean(y_w) - mean(y_l)] - gamma, no reference      (Meng 2024, arXiv 2405.14734 eq. 6)
     sigmoid_norm  Delta of means over tokens
 
     python trainer/train_dpo.py
@@ -53,8 +53,8 @@ def preference_loss(policy, reference, answers, beta, loss_type="sigmoid", dpop_
     return -F.logsigmoid(beta * delta)
 
 
-def sequence_logprobs(model, head, batch):
-    """Summed log-probability of every answer of a micro-batch, (2B,) float32; and the balance loss."""
+def answer_logprobs(model, batch, head):
+    """Summed log-probability of every answer of a micro-batch, (2B,) float32, and the balance loss."""
     import torch
 
     from trainer.logprobs import answer_positions, hidden_states, token_logprobs
@@ -62,28 +62,23 @@ def sequence_logprobs(model, head, batch):
     hidden, aux_loss = hidden_states(model, batch)
     keep, targets = answer_positions(batch["labels"])
     logps = token_logprobs(hidden[keep], head, targets)
-    sequence = batch["sequence_ids"].flatten()[keep]
-    return torch.zeros(len(batch["last"]), dtype=logps.dtype, device=logps.device).index_add(
-        0, sequence, logps
-    ), aux_loss
+    sums = torch.zeros(len(batch["last"]), dtype=logps.dtype, device=logps.device)
+    return sums.index_add(0, batch["sequence_ids"].flatten()[keep], logps), aux_loss
 
 
-def dpo_loss(model, batch, totals, head, args):
-    """What one micro-batch adds to L, and its sums for the log. totals: pairs ("loss"), chosen tokens and
-    micro-batches of the whole step."""
-    policy, aux_loss = sequence_logprobs(model, head, batch)
+def dpo_loss(model, batch, totals, head, pair_loss, beta, sft_weight=0.0):
+    """What one micro-batch adds to L, and its sums for the log. pair_loss: `preference_loss` with its
+    settings; totals: pairs ("loss"), chosen tokens and micro-batches of the whole step."""
+    policy, aux_loss = answer_logprobs(model, batch, head)
     reference, answers = batch["reference"], batch["answers"]
-    losses = preference_loss(
-        policy, reference, answers, args.beta, args.loss_type, args.dpop_lambda, args.simpo_gamma
-    )
+    losses = pair_loss(policy, reference, answers)
     losses = losses * (answers.chunk(2)[0] > 0)  # a process without a pair has one of empty answers
     loss = losses.sum() / totals["loss"]
-    policy_w, policy_l = policy.chunk(2)
-    if args.sft_weight:
-        loss = loss - args.sft_weight * policy_w.sum() / totals["chosen_tokens"]
+    if sft_weight:
+        loss = loss - sft_weight * policy.chunk(2)[0].sum() / totals["chosen_tokens"]
     if aux_loss is not None:
         loss = loss + aux_loss / totals["aux_loss"]
-    return loss, {"loss": losses.sum(), **diagnostics(policy.detach(), reference, answers, args.beta)}
+    return loss, {"loss": losses.sum(), **diagnostics(policy.detach(), reference, answers, beta)}
 
 
 def diagnostics(policy, reference, answers, beta) -> dict:
@@ -143,9 +138,11 @@ def parse_args(argv=None):
 
 
 def main(args):
+    import torch
+
     from dataset.preferences import load_pairs
     from trainer import batches, checkpoint, loop, progress, runtime
-    from trainer.validation import preferences, validate
+    from trainer.validation import held_out, sequence_scores
 
     rt = runtime.start(args)
     tokenizer = checkpoint.load_tokenizer()
@@ -156,66 +153,45 @@ def main(args):
     model = run.load(checkpoint.new_model(args, tokenizer, rt))
     head = model.lm_head.weight
     model, optimizers = run.prepare(model, dynamic=True)
-    references = run.saved["extra"] if run.saved else {}
-    rt.print(
-        "computing the reference's log-probabilities" if not references else "reference: of the resume file"
-    )
+
+    def score(model, batch):
+        return answer_logprobs(model, batch, head)[0]
+
+    references = run.saved["extra"] if run.saved else {}  # a model that has moved is no reference
     for name, pairs in (("train", train), ("val", val)):
-        if pairs is not None:  # the model has not moved yet: it is its own reference
+        if pairs is not None:
             if name not in references:
-                references[name] = reference_logprobs(model, head, pairs, args, rt)
-            pairs.reference = references[name].numpy()
+                rt.print(f"reference: log-probabilities of {len(pairs):,} pairs")
+                references[name] = sequence_scores(model, pairs, score, args, rt)
+            pairs.reference = references[name]
+
+    settings = dict(loss_type=args.loss_type, dpop_lambda=args.dpop_lambda, simpo_gamma=args.simpo_gamma)
+    pair_loss = functools.partial(preference_loss, beta=args.beta, **settings)
+    step_loss = functools.partial(
+        dpo_loss, head=head, pair_loss=pair_loss, beta=args.beta, sft_weight=args.sft_weight
+    )
 
     def update(step, micro_batches, lr_factor):
         counts = {"loss": micro_batches.num_rows, "aux_loss": len(micro_batches)}
         counts["chosen_tokens"] = int(train.answers[micro_batches.rows, 0].sum())
-        step_loss = functools.partial(dpo_loss, head=head, args=args)
         return loop.optimizer_step(model, micro_batches, optimizers, lr_factor, args, rt, step_loss, counts)
 
     def check(model):
-        score = functools.partial(pair_figures, head=head, args=args)
-        earlier = validate(model, tax, args, rt)
-        return preferences(model, val, score, args, rt) | (
-            {"tax_loss": earlier["val_loss"]} if earlier else {}
-        )
+        """The loss and the diagnostics of all held-out pairs, and the alignment tax."""
+        found = {}
+        if val is not None:
+            policy, answers = (
+                sequence_scores(model, val, score, args, rt),
+                torch.from_numpy(val.answers).T.ravel(),
+            )
+            losses = pair_loss(policy, val.reference, answers)
+            sums = {"loss": losses.sum(), **diagnostics(policy, val.reference, answers, args.beta)}
+            found = {f"val_{name}": float(value) / len(val) for name, value in sums.items()}
+        return found | held_out(model, None, tax, args, rt)
 
     run.fit(model, optimizers, update, check, before=True, **references)
     flags = progress.same_model_flags(args, known=["preset", "hidden_size", "use_moe"])
     run.end(model, f"python eval_llm.py --weight {args.save_weight}{flags}")
-
-
-def pair_figures(model, batch, head, args) -> dict:
-    """The loss and the diagnostics of a held-out micro-batch, sums over its pairs."""
-    policy, _ = sequence_logprobs(model, head, batch)
-    reference, answers = batch["reference"], batch["answers"]
-    losses = preference_loss(
-        policy, reference, answers, args.beta, args.loss_type, args.dpop_lambda, args.simpo_gamma
-    )
-    return {"loss": losses.sum(), **diagnostics(policy, reference, answers, args.beta)}
-
-
-def reference_logprobs(model, head, pairs, args, rt):
-    """s_ref of every pair, (P, 2) float32 on the CPU, the same on every process. Computed by the very model
-    that is trained, before its first step, in the same type: Delta is 0 at step 0 but for rounding."""
-    import torch
-
-    from trainer import runtime
-
-    mine = list(range(rt.rank, len(pairs), rt.world_size))
-    mine.sort(key=lambda pair: int(pairs.lengths[pair].max()))  # neighbours of like length pack best
-    found = torch.zeros(len(pairs), 2)
-    bare = runtime.bare(model)
-    was_training = bare.training
-    bare.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for start in range(0, len(mine), args.batch_size):
-            rows = mine[start : start + args.batch_size]
-            batch = {name: t.to(rt.device) for name, t in pairs.collate(rows, len(rows)).items()}
-            with rt.autocast():
-                logps = sequence_logprobs(bare, head, batch)[0]
-            found[rows] = logps.float().cpu().view(2, -1).T
-    bare.train(was_training)
-    return torch.tensor(runtime.total(found.double(), rt)).float()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Held-out loss and bits-per-byte, the two numbers by which stages of one kind are compared."""
+"""Held-out loss and bits-per-byte, the two numbers by which stages of one kind are compared; and scores of
+preference pairs."""
 
 from __future__ import annotations
 
@@ -15,27 +16,26 @@ def held_out(model, val, tax, args, rt) -> dict:
     return result | ({"tax_loss": earlier["val_loss"]} if earlier else {})
 
 
-def preferences(model, pairs, figures, args, rt) -> dict:
-    """`figures(model, batch)`, sums over the pairs of a micro-batch, as means over all held-out pairs, named
-    val_...; {} for None."""
-    if pairs is None:
-        return {}
+def sequence_scores(model, pairs, score, args, rt):
+    """`score(model, batch)` (2B,) of every sequence of preference pairs: (2P,) float32 on the CPU, the chosen
+    answers, then the rejected ones, the same on every process. Without gradients and dropout, in the compute
+    type of training."""
     import torch
 
     model = runtime.bare(model)
     was_training = model.training
     model.eval()
-    sums: dict = {}
+    mine = list(range(rt.rank, len(pairs), rt.world_size))
+    mine.sort(key=lambda pair: int(pairs.lengths[pair].max()))  # neighbours of like length pack best
+    found = torch.zeros(2, len(pairs), dtype=torch.float64)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for batch in batches.validation_batches(pairs, args, rt):
+        for start in range(0, len(mine), args.batch_size):
+            rows = mine[start : start + args.batch_size]
+            batch = {name: t.to(rt.device) for name, t in pairs.collate(rows, len(rows)).items()}
             with rt.autocast():
-                for name, value in figures(model, batch).items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
+                found[:, rows] = score(model, batch).double().cpu().view(2, -1)
     model.train(was_training)
-    names = sorted(sums) if rt.world_size == 1 else sorted(runtime.broadcast(list(sums), rt))
-    totals = runtime.total([sums.get(name, 0.0) for name in names], rt)
-    by_name = dict(zip(names, totals))
-    return {f"val_{name}": by_name[name] / len(pairs) for name in sums}
+    return torch.tensor(runtime.total(found, rt)).float().flatten()
 
 
 def validate(model, dataset, args, rt) -> dict:
