@@ -129,6 +129,17 @@ class TextEncoder:
         byte."""
         return np.frombuffer(_token_bytes(self.spec[0]), np.uint8)
 
+    def token_texts(self):
+        """The UTF-8 bytes of every token, as a list by id; of special tokens their names."""
+        vocab = json.loads(self.spec[0])["model"]["vocab"]
+        texts = [b""] * self.vocab_size
+        for token, number in vocab.items():
+            if all(c in _BYTE_OF for c in token):
+                texts[number] = bytes(_BYTE_OF[c] for c in token)
+        for name, number in self.special_ids.items():
+            texts[number] = name.encode()
+        return texts
+
     # -- documents
 
     def encode_documents(self, texts):
@@ -302,6 +313,11 @@ class TextEncoder:
 
 _encoders = weakref.WeakKeyDictionary()
 
+# Byte-level BPE writes every byte as a visible character: itself where it is one, else one from U+0100 on.
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTE_OF = {chr(b): b for b in _VISIBLE} | {chr(256 + i): b for i, b in enumerate(_HIDDEN)}
+
 
 @functools.lru_cache(maxsize=4)
 def _template(source):
@@ -422,6 +438,7 @@ class PackedDataset:
         self.max_seq_len = max_seq_len
         self.pad_id = pad_id
         self.token_bytes = token_bytes
+        self.annotate = None  # a function of a micro-batch (a dict of tensors) that returns more of them
         self._report = report
 
     def __len__(self):
@@ -454,7 +471,7 @@ class PackedDataset:
                 "position_ids": torch.arange(width).repeat(missing, 1),
             }
             batch = {name: torch.cat([batch[name][: len(rows)], empty[name]]) for name in batch}
-        return batch
+        return batch if self.annotate is None else batch | self.annotate(batch)
 
     def arrays(self, rows):
         """`batch` as numpy arrays."""

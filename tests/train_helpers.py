@@ -53,7 +53,7 @@ def stage_module(stage):
 def flags(stage, folder, *more, steps=6) -> list[str]:
     """The command line of a tiny float32 run whose files all lie in `folder`; later flags win."""
     folder = Path(folder)
-    data = {"pretrain": pretrain_file, "full_sft": sft_file}[stage]
+    data = {"pretrain": pretrain_file, "full_sft": sft_file, "lora": sft_file}[stage]
     path = folder / f"{'pretrain' if stage == 'pretrain' else 'sft'}.jsonl"
     if not path.exists():
         data(folder)
@@ -61,7 +61,30 @@ def flags(stage, folder, *more, steps=6) -> list[str]:
         --from_weight none --max_seq_len 48 --batch_size 4 --max_steps {steps} --log_interval 2
         --save_interval 3 --val_fraction 0.05 --val_interval 4 --device cpu --dtype float32 --use_compile 0
         --num_workers 1 --num_threads 1""".split()
-    return [*base, *TINY, *map(str, more)]
+    argv = [*base, *TINY, *map(str, more)]
+    if stage == "lora":
+        argv[argv.index("--from_weight") + 1] = "full_sft"
+        base_file(stage_module(stage).parse_args(argv))
+    return argv
+
+
+def base_file(args) -> Path:
+    """The weights that --from_weight names, if they are not there: random ones, none of them zero (a fresh
+    model's residual projections are, and then no gradient reaches an adapter before them)."""
+    import torch
+
+    from model.model_minimind import MiniMindLM
+    from trainer import checkpoint, cli
+
+    config = cli.model_config(args)
+    path = checkpoint.weight_path(args, config, args.from_weight)
+    if args.from_weight != "none" and not path.exists():
+        config.residual_init = "normal"
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = MiniMindLM(config)
+        checkpoint.save_weights(model, path, {"stage": args.from_weight, "step": 2})
+    return path
 
 
 def train(stage, folder, *more, steps=6, curve=False):

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 IGNORE = -100
 
@@ -24,6 +25,7 @@ class StepBatches(list):
     was counted while they were still on the CPU."""
 
     num_targets = 0  # valid labels of this process
+    weight = 0.0  # sum of their loss_weights, where a stage has such
     num_tokens = 0  # tokens that are not padding, of this process
     num_rows = 0  # rows of this process that hold data
     rows: list = []  # their numbers in the dataset
@@ -126,6 +128,8 @@ def load_step(dataset, rows: list[int], args, rt, pin: bool = False) -> StepBatc
     for micro in mine:
         batch = dataset.collate(micro, size)
         step.num_targets += int((batch["labels"][:, 1:] != IGNORE).sum())
+        if "loss_weights" in batch:
+            step.weight += float(batch["loss_weights"].sum(dtype=torch.float64))
         step.num_tokens += int((batch["input_ids"] != dataset.pad_id).sum())
         step.append({name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch)
     return step

@@ -530,7 +530,10 @@ def new_model(args, tokenizer, rt):
 
 
 def load_from_weight(model, args, tokenizer, rt) -> dict | None:
-    """What --from_weight asks for: None for `none`, else the weights are loaded and their origin returned."""
+    """What --from_weight asks for: None for `none`, else the weights are loaded and their origin returned.
+    `auto` (reasoning): those of preference learning, or of fine-tuning where there are none."""
+    if args.from_weight == "auto":
+        args.from_weight = "dpo" if weight_path(args, model.config, "dpo").exists() else "full_sft"
     if args.from_weight == "none":
         return None
     path = weight_path(args, model.config, args.from_weight)

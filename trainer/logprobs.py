@@ -32,10 +32,16 @@ def hidden_states(model, batch: dict) -> torch.Tensor:
     return out.hidden_states[0].flatten(0, 1), out.aux_loss
 
 
+def next_of(values: torch.Tensor, fill: float = 0) -> torch.Tensor:
+    """(R, T) -> (R * T,): for every position what belongs to the token after it. The shift is done here and
+    nowhere else."""
+    return F.pad(values[:, 1:], (0, 1), value=fill).flatten()
+
+
 def answer_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """labels (R, T), -100 = not a target -> (flat positions whose NEXT token is a target (n,), those tokens
-    (n,)). The shift is done here and nowhere else."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+    (n,))."""
+    targets = next_of(labels, IGNORE)
     keep = (targets != IGNORE).nonzero().squeeze(1)
     return keep, targets[keep]
 

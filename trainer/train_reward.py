@@ -1,6 +1,6 @@
 """A reward model: learn from pairs of answers a number that says how good an answer is.
 
-    P(y_w is better than y_l) = sigmoid(r(x, y_w) - r(x, y_l))                           Bradley and Terry 1952
+    P(y_w is better than y_l) = sigmoid(r(x, y_w) - r(x, y_l))                          Bradley and Terry 1952
     L = - 1/P * sum over pairs:  log sigmoid(r_w - r_l)  +  c (r_w + r_l)^2
 
 The second term keeps rewards near zero, which pairs alone leave open (Eisenstein et al. 2023,
@@ -11,9 +11,10 @@ language models: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325, section
     python trainer/train_reward.py
     torchrun --nproc_per_node 2 trainer/train_reward.py --data_path my_pairs.jsonl
 
-Reads lines {"chosen": [messages], "rejected": [messages]} and out/full_sft_512.pth; writes out/reward_512.pth,
-the judge that reinforcement learning uses when it is given no other. Held-out accuracy: how often the chosen
-answer gets more; calibration: whether pairs of which the model is 80 % sure are right 80 % of the time.
+Reads lines {"chosen": [messages], "rejected": [messages]} and out/full_sft_512.pth; writes
+out/reward_512.pth, the judge that reinforcement learning uses when it is given no other. Held-out accuracy:
+how often the chosen answer gets more; calibration: whether pairs of which the model is 80 % sure are right
+80 % of the time.
 """
 
 import functools
@@ -55,7 +56,8 @@ def calibration_error(probabilities, bins=10):
     """
     import torch
 
-    confidence, right = torch.maximum(probabilities, 1 - probabilities), (probabilities > 0.5).double()
+    confidence = torch.maximum(probabilities, 1 - probabilities)
+    right = (probabilities > 0.5).double() + 0.5 * (probabilities == 0.5)  # undecided is half right
     which = ((confidence - 0.5) * 2 * bins).long().clamp(0, bins - 1)
     gaps = [
         abs(confidence[which == b].mean() - right[which == b].mean()) * (which == b).sum()
@@ -91,7 +93,7 @@ def parse_args(argv=None):
 def main(args):
     from dataset.preferences import load_pairs
     from model.model_reward import RewardModel
-    from trainer import batches, checkpoint, loop, progress, runtime
+    from trainer import batches, checkpoint, loop, runtime
     from trainer.validation import sequence_scores
 
     rt = runtime.start(args)
@@ -126,8 +128,7 @@ def main(args):
         }
 
     run.fit(model, optimizers, update, check, before=True)
-    flags = progress.same_model_flags(args, known=["preset", "hidden_size", "use_moe"])
-    run.end(model, f"python trainer/train_grpo.py --reward_model_path {args.save_weight}{flags}")
+    run.end(model, "this model rates answers: RewardModel.rate in model/model_reward.py")
 
 
 if __name__ == "__main__":
