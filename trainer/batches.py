@@ -211,6 +211,50 @@ def validation_batches(dataset, args, rt):
 
 
 # --------------------------------------------------------------------------------------------------
+# Rows of sampled sequences
+# --------------------------------------------------------------------------------------------------
+
+
+def first_prompts(batch: dict, pad_id: int) -> list[list[int]]:
+    """The prompts of a packed micro-batch: of every conversation in it, the tokens before its first
+    answer."""
+    prompts = []
+    for ids, labels, positions in zip(*(batch[n].tolist() for n in ("input_ids", "labels", "position_ids"))):
+        starts = [i for i, position in enumerate(positions) if position == 0]
+        for start, end in zip(starts, [*starts[1:], len(ids)]):
+            answer = next((i for i in range(start, end) if labels[i] != IGNORE), None)
+            if answer is not None:
+                prompts.append(ids[start:answer])
+    return prompts
+
+
+def rows_of(sequences: list[tuple[list[int], int]], max_seq_len: int, pad_id: int) -> dict:
+    """(ids, length of the prompt) of each sequence -> input_ids, labels, position_ids (R, T), packed; T is
+    the longest sequence, at most max_seq_len, rounded up. What follows the prompt is a target. No sequences:
+    one row of padding."""
+    from dataset import packing
+
+    sequences = [(ids[:max_seq_len], prompt) for ids, prompt in sequences]
+    lengths = np.array([len(ids) for ids, _ in sequences], np.int64)
+    width = min(max_seq_len, -(-int(lengths.max(initial=1)) // 32) * 32)
+    order, offsets = packing.rows(lengths, width)
+    rows = max(1, len(offsets) - 1)
+    input_ids, labels = np.full((rows, width), pad_id), np.full((rows, width), IGNORE)
+    position_ids = np.tile(np.arange(width), (rows, 1))
+    for row in range(len(offsets) - 1):
+        place = 0
+        for number in order[offsets[row] : offsets[row + 1]]:
+            ids, prompt = sequences[number]
+            part = slice(place, place + len(ids))
+            input_ids[row, part], position_ids[row, part] = ids, np.arange(len(ids))
+            labels[row, place + prompt : place + len(ids)] = ids[prompt:]
+            place += len(ids)
+        position_ids[row, place:] = np.arange(width - place)
+    arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+
+
+# --------------------------------------------------------------------------------------------------
 # Counting
 # --------------------------------------------------------------------------------------------------
 

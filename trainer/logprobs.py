@@ -138,5 +138,7 @@ def linear_loss_sum(hidden, weight, chunk_loss, *rows):
     hidden (N, D), weight (V, D), rows: tensors with one entry per position. Returns (sum over all positions,
     summed figures); only the first has a gradient. No positions: zero, and no figures.
     """
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(hidden.device.type, enabled=False):
         return LinearLossSum.apply(hidden, weight, chunk_loss, *rows)

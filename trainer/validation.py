@@ -16,6 +16,29 @@ def held_out(model, val, tax, args, rt) -> dict:
     return result | ({"tax_loss": earlier["val_loss"]} if earlier else {})
 
 
+def means(model, dataset, micro_loss, args, rt) -> dict:
+    """The sums that a stage's `micro_loss(model, batch, totals)` gives for its log, over a held-out set, each
+    divided by the targets; {} for None."""
+    if dataset is None:
+        return {}
+    import torch
+
+    model = runtime.bare(model)
+    was_training = model.training
+    model.eval()
+    sums: dict = {}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for batch in batches.validation_batches(dataset, args, rt):
+            with rt.autocast():
+                _, parts = micro_loss(model, batch, {"loss": 1, "aux_loss": 1})
+            for name, part in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(part)
+    model.train(was_training)
+    names = runtime.broadcast(list(sums), rt)  # a process may have had no row, and no sums
+    totals = runtime.total([sums.get(name, 0.0) for name in names], rt)
+    return {name: total / max(dataset.num_targets, 1) for name, total in zip(names, totals)}
+
+
 def sequence_scores(model, pairs, score, args, rt):
     """`score(model, batch)` (2B,) of every sequence of preference pairs: (2P,) float32 on the CPU, the chosen
     answers, then the rejected ones, the same on every process. Without gradients and dropout, in the compute
