@@ -2,6 +2,7 @@
 
     python eval_llm.py                                     # the newest out/full_sft_*.pth, in the terminal
     python eval_llm.py --weight pretrain --prompt "The sky is"
+    python eval_llm.py --lora_weight lora_identity         # with an adapter of out/lora
     echo "你好" | python eval_llm.py --weight dpo          # one prompt per line, nothing is asked; a pipe
                                                            # with nothing in it gets the fixed prompts
     python eval_llm.py --load_from path/to/folder          # a transformers folder (with config.json)
@@ -110,7 +111,14 @@ def parse_args(argv=None):
         help="a folder with config.json is a transformers model; any other is the tokenizer that "
         "goes with --weight",
     )
-    g.add_argument("--lora_weight", "--lora_name", default="None", metavar="NAME", help="adapter to add")
+    g.add_argument(
+        "--lora_weight",
+        "--lora_name",
+        default="None",
+        metavar="NAMES",
+        help="adapters of out/lora to add: lora_identity, or lora_a:0.5,lora_b for half of one and all of "
+        "another",
+    )
     g.add_argument(
         "--inference_rope_scaling",
         nargs="?",
@@ -291,10 +299,6 @@ class Native:
         from trainer import checkpoint, runtime
 
         path = find_weights(args)
-        if args.lora_weight not in ("None", "none", ""):
-            raise checkpoint.CheckpointError(
-                f"--lora_weight {args.lora_weight}: adapters are not part of this version yet"
-            )
         device = runtime.choose_device(args.device)
         self.tokenizer = load_tokenizer(args.load_from)
         overrides = {"num_hidden_layers": args.num_hidden_layers} if args.num_hidden_layers else {}
@@ -303,6 +307,10 @@ class Native:
         model, metadata = checkpoint.load_model(path, self.tokenizer, **overrides)
         # MiniMind's file names tell the stage, ours tell it themselves
         self.is_base = path.name.startswith("pretrain") or metadata.get("stage") == "pretrain"
+        if args.lora_weight not in ("None", "none", ""):
+            for note in checkpoint.merge_adapters(model, args.lora_weight, path.parent, metadata):
+                say(note)
+            say(f"with {args.lora_weight}")
         if args.use_compile:
             say("compiling, if it can be; the first time that takes about a minute")
         self.engine = Generator(model.to(device), args.dtype, compile=bool(args.use_compile))

@@ -181,7 +181,7 @@ def parse_args(argv=None):
         "--max_new_tokens", type=int, default=64, help="limit of an answer, in tokens (default: 64)"
     )
     parser.add_argument(
-        "--lora_weight", type=Path, metavar="FILE", help="an adapter to add, out/lora/lora_identity_256.pth"
+        "--lora_weight", metavar="NAMES", help="adapters to add, as in eval_llm.py: lora_identity"
     )
     parser.add_argument(
         "--exams",
@@ -230,12 +230,8 @@ def main(args):
     tokenizer = checkpoint.load_tokenizer()
     model, metadata = checkpoint.load_model(path, tokenizer)
     if args.lora_weight:
-        from model.model_lora import merge_lora
-
-        note = checkpoint.load_adapter(model, args.lora_weight, metadata)
-        if note:
+        for note in checkpoint.merge_adapters(model, args.lora_weight, path.parent, metadata):
             print(note)
-        merge_lora(model)
     if args.untrained:
         torch.manual_seed(0)
         model = MiniMindLM(model.config).eval()

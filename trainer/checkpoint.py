@@ -16,6 +16,7 @@ import errno
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import struct
 import time
@@ -424,6 +425,22 @@ def load_adapter(model, path: Path, base: dict, name: str = "default", scale: fl
             f"{parent.get('step')}) than these ({base.get('stage')}, step {base.get('step')})"
         )
     return None
+
+
+def merge_adapters(model, names: str, save_dir, base: dict) -> list[str]:
+    """Merge the adapters `names` ("lora_a", or "lora_a:0.5,lora_b": half of one and all of another; names or
+    .pth files) into a model whose file has the metadata `base`. Returns what is worth a word."""
+    from types import SimpleNamespace
+
+    from model.model_lora import merge_lora
+
+    notes = []
+    for number, part in enumerate(filter(None, names.split(","))):
+        name, _, scale = part.rpartition(":") if re.search(r":[\d.]+$", part) else (part, "", "1")
+        path = find_adapter(SimpleNamespace(save_dir=save_dir), model.config, name.strip())
+        notes.append(load_adapter(model, path, base, f"adapter{number}", float(scale)))
+    merge_lora(model)
+    return [note for note in notes if note]
 
 
 MOE_FIELDS = tuple(

@@ -223,8 +223,8 @@ def load_teacher(args, config, tokenizer, rt):
     if teacher.config.vocab_size != config.vocab_size:
         raise checkpoint.CheckpointError(
             f"{checkpoint.shown(path)}: the teacher has {teacher.config.vocab_size:,} vocabulary entries, "
-            f"the student {config.vocab_size:,}; distributions over different tokens cannot be compared. Choose "
-            "another teacher, or distil its text (scripts/write_answers.py)"
+            f"the student {config.vocab_size:,}; distributions over different tokens cannot be compared. "
+            "Choose another teacher, or distil its text (scripts/write_answers.py)"
         )
     depth = teacher.config.num_hidden_layers
     if args.teacher_num_layers not in (None, depth):

@@ -1,0 +1,118 @@
+"""Let a model answer a file of questions: training data from a teacher (black-box distillation).
+
+    python scripts/write_answers.py --weight out/full_sft_768.pth --data_path dataset/rlaif.jsonl \\
+        --out_path dataset/from_teacher.jsonl
+    python trainer/train_full_sft.py --data_path dataset/from_teacher.jsonl --from_weight pretrain
+
+Reads conversations (formats sft and rlaif): everything before the last answer is the question. Writes lines
+{"conversations": [...]} with the teacher's answer, thoughts apart. Answers that do not end within
+--max_new_tokens are left out and counted: they would teach not to stop. Interrupted, it goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--weight", type=Path, required=True, metavar="FILE", help="the teacher, out/full_sft_768.pth")
+    add("--data_path", required=True, metavar="FILE", help="questions: .jsonl, .json or .parquet")
+    add("--out_path", type=Path, required=True, metavar="FILE", help="where to write")
+    add("--max_new_tokens", type=int, default=512, help="longest answer (default: 512)")
+    add("--temperature", type=float, default=0.7, help="0 = always the likeliest token (default: 0.7)")
+    add("--top_p", type=float, default=0.95, help="(default: 0.95)")
+    add("--open_thinking", type=int, choices=(0, 1), default=0, help="1 = think first (default: 0)")
+    add("--batch_size", type=int, default=32, help="questions at a time (default: 32)")
+    add("--limit", type=int, default=0, help="only so many questions, 0 = all (default: 0)")
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    add("--dtype", default="auto", help="of the answers (default: auto)")
+    add("--seed", type=int, default=42, help="of the draws (default: 42)")
+    return parser.parse_args(argv)
+
+
+def questions(path, limit: int):
+    """(row number, messages, tools) of every conversation, without its last answer."""
+    from dataset.rows import iter_rows
+
+    for count, (number, row) in enumerate(iter_rows(path, "rlaif")):
+        if limit and count >= limit:
+            return
+        messages, tools = row["conversations"]
+        yield number, messages, tools
+
+
+def main(args):
+    from dataset.lm_dataset import encode_prompt
+    from model.generation import Generator
+    from trainer import checkpoint, runtime
+
+    tokenizer = checkpoint.load_tokenizer()
+    model, _ = checkpoint.load_model(args.weight, tokenizer)
+    engine = Generator(model.to(runtime.choose_device(args.device)), args.dtype)
+    todo = list(questions(args.data_path, args.limit))
+    partial = args.out_path.with_name(f".{args.out_path.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True) if partial.exists() else []
+    lines = [line for line in lines if line.endswith("\n")]  # the last one may be torn
+    partial.write_text("".join(lines), encoding="utf-8")
+    if lines:
+        print(f"going on after {len(lines)} of {len(todo)} questions")
+    begin, tokens = time.perf_counter(), 0
+    with partial.open("a", encoding="utf-8") as file:
+        for start in range(len(lines), len(todo), args.batch_size):
+            part = todo[start : start + args.batch_size]
+            prompts = [encode_prompt(tokenizer, m, tools, bool(args.open_thinking)) for _, m, tools in part]
+            settings = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed + start)
+            answers = engine.generate(prompts, tokenizer, max_new_tokens=args.max_new_tokens, **settings)
+            for (_, messages, tools), answer in zip(part, answers):
+                tokens += answer.num_tokens
+                file.write(json.dumps(as_row(messages, tools, answer), ensure_ascii=False) + "\n")
+            file.flush()
+            done, seconds = start + len(part), time.perf_counter() - begin
+            left = seconds / (done - len(lines)) * (len(todo) - done)
+            print(
+                f"{done}/{len(todo)} questions | {tokens / seconds:,.0f} tokens/s | {left / 60:.1f} min left"
+            )
+    rows = [line for line in partial.read_text(encoding="utf-8").splitlines() if line != "null"]
+    finished = partial.with_name(f"{partial.name}.done")
+    finished.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    os.replace(finished, args.out_path)
+    partial.unlink()
+    print(f"wrote {args.out_path}: {len(rows)} answers; {len(todo) - len(rows)} did not end or were empty")
+    print(f"next:    python trainer/train_full_sft.py --data_path {args.out_path}")
+
+
+def as_row(messages: list, tools, answer) -> dict | None:
+    """The conversation with the answer, or None for one that did not end."""
+    thoughts, found, content = answer.text.rpartition("</think>")
+    content = (content if found else answer.text).strip("\n")
+    if answer.finish_reason != "eos" or not content:
+        return None
+    message = {"role": "assistant", "content": content}
+    if found and thoughts.strip():
+        message["reasoning_content"] = thoughts.replace("<think>", "").strip("\n")
+    messages = [dict(m) for m in messages]
+    for m in messages:
+        if "tool_calls" in m:
+            m["tool_calls"] = json.dumps(m["tool_calls"], ensure_ascii=False)
+    if tools:
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": ""})
+        messages[0]["tools"] = json.dumps(tools, ensure_ascii=False)
+    return {"conversations": [*messages, message]}
+
+
+if __name__ == "__main__":
+    from trainer import cli
+
+    cli.run(main, parse_args)
