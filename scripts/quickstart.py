@@ -1,7 +1,9 @@
 """Train a small bilingual model on this computer's CPU, from nothing, and see what every stage gained.
 
-    python scripts/quickstart.py                 # curriculum -> pretraining -> fine-tuning -> a conversation
-    python scripts/quickstart.py --seeds 42,43,44    # three runs: mean and spread of every number
+    python scripts/quickstart.py                   # curriculum, pretraining, fine-tuning, a conversation
+    python scripts/quickstart.py --stages all      # and what else a model can be taught: LoRA, reasoning, ...
+    python scripts/quickstart.py --stages more     # only those, on the weights that an earlier run left
+    python scripts/quickstart.py --seeds 42,43,44  # three runs: mean and spread of every number
     python scripts/quickstart.py --out_dir my_try --seed 7
 
 Needs only Python 3.10+; packages go to .venv in the repo unless the running environment has them. Every stage
@@ -39,6 +41,13 @@ COMMON = "--preset tiny --max_seq_len 256 --batch_size 8 --device cpu".split()
 SFT_RATES = "--learning_rate 5e-4 --muon_lr 2.5e-3".split()
 
 
+# A student starts from nothing, both times in the same steps.
+STUDENT = (
+    "--hidden_size 128 --num_attention_heads 2 --num_key_value_heads 1 --intermediate_size 352 "
+    "--from_weight none --teacher_hidden_size 256 --learning_rate 5e-3 --muon_lr 1e-2 --max_steps 200"
+).split()
+
+
 @dataclass
 class Stage:
     name: str  # weight name: out/<name>_256.pth
@@ -48,6 +57,12 @@ class Stage:
     flags: list[str] = field(default_factory=list)
     compared_with: str = ""  # weight name whose metrics are the "before"; "" = the untrained model
     shows: list[str] = field(default_factory=list)  # metrics of scripts/eval_mini.py that make its rows
+    costs: list[str] = field(default_factory=list)  # metrics of earlier stages: the alignment tax
+    logged: list[str] = field(default_factory=list)  # held-out metrics of its own log, before and after
+    heldout: str = ""  # file of the curriculum that its own log measures
+    width: int = HIDDEN
+    adapter: bool = False  # it writes lora/<name>_256.pth, to be added to what it is compared with
+    more: bool = False  # only with --stages all
 
 
 STAGES = [
@@ -73,8 +88,77 @@ STAGES = [
         "the same fine-tuning without pretraining (control)",
         "trainer/train_full_sft.py",
         "sft.jsonl",
-        ["--max_minutes", SFT_MINUTES, *SFT_RATES, "--from_weight", "none", "--save_weight", "sft_only"],
+        ["--max_minutes", SFT_MINUTES, *SFT_RATES, "--from_weight", "none"],
         shows=["facts_asked", "facts_unasked", "sums", "chat", "ended"],
+    ),
+    Stage(
+        "lora_identity",
+        "LoRA: another name, the base untouched",
+        "trainer/train_lora.py",
+        "lora_identity.jsonl",
+        "--max_minutes 0.7 --batch_size 4".split(),
+        compared_with="full_sft",
+        shows=["identity"],
+        costs=["facts_asked", "sums"],
+        adapter=True,
+        more=True,
+    ),
+    Stage(
+        "reason",
+        "reasoning: think first, when asked to",
+        "trainer/train_reason.py",
+        "reason.jsonl",
+        "--max_minutes 1.1 --from_weight full_sft".split(),
+        compared_with="full_sft",
+        shows=["reason", "well_formed"],
+        costs=["facts_asked", "sums"],
+        more=True,
+    ),
+    Stage(
+        "dpo",
+        "preferences: polite and right rather than rude or wrong",
+        "trainer/train_dpo.py",
+        "dpo.jsonl",
+        "--max_minutes 0.7".split(),
+        compared_with="full_sft",
+        costs=["facts_asked", "sums"],
+        logged=["val_accuracy", "val_margin", "val_logp_chosen"],
+        heldout="dpo_heldout.jsonl",
+        more=True,
+    ),
+    Stage(
+        "reward",
+        "reward model: a number for every answer",
+        "trainer/train_reward.py",
+        "dpo.jsonl",
+        "--max_minutes 0.5".split(),
+        logged=["val_accuracy", "val_calibration_error"],
+        heldout="dpo_heldout.jsonl",
+        more=True,
+    ),
+    Stage(
+        "student_alone",
+        "a model a fifth as large, fine-tuned alone (control)",
+        "trainer/train_distillation.py",
+        "sft.jsonl",
+        [*STUDENT, "--alpha", "1"],
+        shows=["facts_asked", "sums"],
+        heldout="sft_heldout.jsonl",
+        width=128,
+        more=True,
+    ),
+    Stage(
+        "student",
+        "distillation: the same student, taught by the fine-tuned model",
+        "trainer/train_distillation.py",
+        "sft.jsonl",
+        STUDENT,
+        compared_with="student_alone",
+        shows=["facts_asked", "sums"],
+        logged=["val_agreement"],
+        heldout="sft_heldout.jsonl",
+        width=128,
+        more=True,
     ),
 ]
 
@@ -85,7 +169,19 @@ NAMES = {
     "sums": "one- and two-digit sums, unseen operands",
     "chat": "small talk",
     "ended": "answers that end by themselves",
+    "identity": "says who it is now, in unseen words",
+    "reason_direct": "sums of three numbers and word problems, answered at once",
+    "reason": "sums of three numbers and word problems, thinking first (before: answered at once)",
+    "well_formed": "thoughts that end, with an answer behind them",
+    "val_accuracy": "unseen pairs: the better answer is preferred",
+    "val_margin": "unseen pairs: margin between the two rewards",
+    "val_logp_chosen": "unseen pairs: log-probability of the better answer, per token",
+    "val_calibration_error": "unseen pairs: calibration error",
+    "val_agreement": "likeliest token is the teacher's, unseen answers",
 }
+PLAIN = ("bits_per_byte", "val_margin", "val_logp_chosen")  # numbers, not shares
+METRIC_EXAM = {"well_formed": "reason", "ended": "chat"}  # metrics that an exam of another name gives
+BEFORE = {"reason": "reason_direct"}  # what it must beat is another exam
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -117,39 +213,84 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
-def examine(weight: Path, data_dir: Path, json_path: Path, *flags: str) -> dict:
-    files = ["--weight", str(weight), "--data_dir", str(data_dir), "--json", str(json_path)]
+def examine(stage: Stage, out: Path, data_dir: Path, json_path: Path, *flags: str) -> dict:
+    files = [*weight_flags(stage, out), "--data_dir", str(data_dir), "--json", str(json_path)]
     run_script("scripts/eval_mini.py", *files, *flags)
     return json.loads(json_path.read_text(encoding="utf-8"))
+
+
+def read_log(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def last_of_log(path: Path) -> dict:
     """The newest value of every key in a stage's JSONL log."""
     merged: dict = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        merged |= json.loads(line)
+    for line in read_log(path):
+        merged |= line
     return merged
 
 
-def run_once(out: Path, seed: int) -> dict:
-    """Curriculum and all stages with one seed; returns the ledger."""
+def weight_flags(stage: Stage, out: Path) -> list[str]:
+    """Which weights to examine for a stage."""
+    if stage.adapter:
+        base = out / f"{stage.compared_with}_{HIDDEN}.pth"
+        return ["--weight", str(base), "--lora_weight", stage.name]
+    return ["--weight", str(out / f"{stage.name}_{stage.width}.pth")]
+
+
+def needed_metrics(name: str, stages: list[Stage]) -> list[str]:
+    """What the ledger wants to know of the weights `name`: their own rows, and those compared with them."""
+    found = []
+    for stage in stages:
+        if stage.name == name:
+            found += stage.shows + stage.costs
+        if stage.compared_with == name:
+            found += [BEFORE.get(metric, metric) for metric in stage.shows + stage.costs]
+    return found
+
+
+def metrics_of(name: str, wanted: list[str], out: Path, data_dir: Path) -> dict:
+    """The exam results of weights ("" = untrained), with at least the metrics `wanted`; what was measured
+    before stays in <name>_eval.json."""
+    path = out / f"{name or 'untrained'}_eval.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"metrics": {}, "items": {}}
+    exams = {METRIC_EXAM.get(metric, metric) for metric in wanted if metric not in known["metrics"]}
+    if not exams:
+        return known
+    stage = next(s for s in STAGES if s.name == (name or "pretrain"))
+    flags = [] if name else ["--untrained"]
+    flags += SAMPLE if name in ("", "pretrain") else []
+    found = examine(stage, out, data_dir, path, "--exams", ",".join(sorted(exams)), *flags)
+    for key in ("metrics", "intervals", "items", "wrong", "groups"):
+        found[key] = known.get(key, {}) | found[key]
+    write_json(path, found)
+    return found
+
+
+def run_once(out: Path, seed: int, stages: list[Stage]) -> dict:
+    """Curriculum and stages with one seed; returns the ledger."""
     started = time.time()
     data_dir = out / "data"
     out.mkdir(parents=True, exist_ok=True)
     run_script("dataset/make_mini.py", "--out_dir", str(data_dir), "--seed", str(seed))
-    results: dict[str, dict] = {}
     ledger = {"seed": seed, "machine": machine(), "rows": [], "stages": {}}
+    for stage in stages:  # of an earlier run
+        (out / f"{stage.name}_eval.json").unlink(missing_ok=True)
     compiling = []  # the first stage finds out whether torch.compile works here, and the others do as it did
-    for stage in STAGES:
+    for stage in stages:
         begin = time.time()
+        heldout = ["--val_path", relative(data_dir / stage.heldout)] if stage.heldout else []
         run_script(
             stage.script,
             *COMMON,
             *compiling,
             *("--val_interval", "0", "--save_interval", "0"),
+            *heldout,
             *stage.flags,
             *("--data_path", relative(data_dir / stage.data), "--seed", str(seed)),
             *("--save_dir", relative(out), "--checkpoint_dir", relative(out / "checkpoints")),
+            *("--lora_name" if stage.adapter else "--save_weight", stage.name),
         )
         seconds = time.time() - begin
         log = last_of_log(out / f"{stage.name}_log.jsonl")
@@ -161,28 +302,47 @@ def run_once(out: Path, seed: int) -> dict:
             "tokens_per_s": log.get("tokens_per_s"),
             "peak_memory_gb": log.get("memory_gb"),
         }
-        weight = out / f"{stage.name}_{HIDDEN}.pth"
-        if not results:
-            results[""] = examine(weight, data_dir, out / "untrained_eval.json", "--untrained", *SAMPLE)
-        sample = SAMPLE if stage.name == "pretrain" else []
-        results[stage.name] = examine(weight, data_dir, out / f"{stage.name}_eval.json", *sample)
-        for metric in stage.shows:
-            ledger["rows"].append(
-                {
-                    "stage": stage.name,
-                    "metric": metric,
-                    "before": results[stage.compared_with]["metrics"][metric],
-                    "after": results[stage.name]["metrics"][metric],
-                    "items": results[stage.name]["items"].get(metric),
-                }
-            )
-    ledger["gain_of_pretraining"] = {
-        metric: results["full_sft"]["metrics"][metric] - results["sft_only"]["metrics"][metric]
-        for metric in ("facts_asked", "facts_unasked", "sums")
-    }
-    ledger["conversations"] = results["full_sft"]["conversations"]
+        ledger["rows"] += rows_of(stage, stages, out, data_dir)
+    if any(stage.name == "sft_only" for stage in stages):
+        metrics = ["facts_asked", "facts_unasked", "sums"]
+        with_it, without = (
+            metrics_of(n, metrics, out, data_dir)["metrics"] for n in ("full_sft", "sft_only")
+        )
+        ledger["gain_of_pretraining"] = {metric: with_it[metric] - without[metric] for metric in metrics}
+    if any(stage.name == "student" for stage in stages):
+        metrics = ["facts_asked", "sums"]
+        alone, taught, teacher = (
+            metrics_of(n, metrics, out, data_dir)["metrics"] for n in ("student_alone", "student", "full_sft")
+        )
+        ledger["gap_closed"] = {m: (taught[m] - alone[m]) / (teacher[m] - alone[m]) for m in metrics}
+    ledger["conversations"] = metrics_of("full_sft", [], out, data_dir).get("conversations", {})
     ledger["seconds"] = round(time.time() - started, 1)
     return ledger
+
+
+def rows_of(stage: Stage, stages: list[Stage], out: Path, data_dir: Path) -> list[dict]:
+    """The ledger's rows of a finished stage."""
+    rows, metrics = [], stage.shows + stage.costs
+    if metrics:
+        after = metrics_of(stage.name, needed_metrics(stage.name, stages), out, data_dir)
+        earlier = needed_metrics(stage.compared_with, stages)
+        before = metrics_of(stage.compared_with, earlier, out, data_dir)
+    for metric in metrics:
+        rows.append(
+            {
+                "stage": stage.name,
+                "metric": metric,
+                "before": before["metrics"][BEFORE.get(metric, metric)],
+                "after": after["metrics"][metric],
+                "items": after["items"].get(metric),
+                "cost": metric in stage.costs,
+            }
+        )
+    lines = read_log(out / f"{stage.name}_log.jsonl")
+    for metric in stage.logged:
+        values = [line[metric] for line in lines if metric in line]
+        rows.append({"stage": stage.name, "metric": metric, "before": values[0], "after": values[-1]})
+    return rows
 
 
 def machine() -> dict:
@@ -202,7 +362,7 @@ def machine() -> dict:
 
 
 def show(metric: str, value: float) -> str:
-    return f"{value:.3f}" if metric == "bits_per_byte" else f"{100 * value:.1f} %"
+    return f"{value:.3f}" if metric in PLAIN else f"{100 * value:.1f} %"
 
 
 def spread(values: list[float], metric: str) -> str:
@@ -223,12 +383,17 @@ def report(ledgers: list[dict]) -> str:
     for i, row in enumerate(first["rows"]):
         before = spread([ledger["rows"][i]["before"] for ledger in ledgers], row["metric"])
         after = spread([ledger["rows"][i]["after"] for ledger in ledgers], row["metric"])
-        what = NAMES[row["metric"]]
-        lines.append(f"| {row['stage']} | {what} | {before} | **{after}** | {row['items'] or ''} |")
-    lines += ["", "What pretraining adds to the same fine-tuning (points):", ""]
-    for metric in first["gain_of_pretraining"]:
+        what = ("alignment tax: " if row.get("cost") else "") + NAMES[row["metric"]]
+        lines.append(f"| {row['stage']} | {what} | {before} | **{after}** | {row.get('items') or ''} |")
+    if "gain_of_pretraining" in first:
+        lines += ["", "What pretraining adds to the same fine-tuning (points):", ""]
+    for metric in first.get("gain_of_pretraining", {}):
         gain = spread([ledger["gain_of_pretraining"][metric] for ledger in ledgers], metric).replace(" %", "")
         lines.append(f"- {NAMES[metric]}: +{gain}".replace("+-", "-"))
+    if "gap_closed" in first:
+        lines += ["", "Of the gap between the student alone and its teacher, distillation closes:", ""]
+    for metric in first.get("gap_closed", {}):
+        lines.append(f"- {NAMES[metric]}: {spread([x['gap_closed'][metric] for x in ledgers], metric)}")
     lines += ["", "| stage | seconds | tokens | tokens/s | peak memory |", "|---|---:|---:|---:|---:|"]
     for name, s in first["stages"].items():
         cells = [f"{name}: {s['title']}", f"{s['seconds']:.0f}", f"{s['tokens'] or 0:,}"]
@@ -262,6 +427,13 @@ def parse_args(argv=None):
     parser.add_argument(
         "--seeds", metavar="A,B,C", type=integers, help="several runs: mean and spread of all"
     )
+    parser.add_argument(
+        "--stages",
+        default="default",
+        choices=("default", "all", "more"),
+        help="default = pretraining and fine-tuning; all = everything that there is; more = all but the "
+        "default ones, on their weights in --out_dir (default: default)",
+    )
     default = ROOT / "out" / "quickstart"
     parser.add_argument("--out_dir", type=Path, default=default, help="(default: out/quickstart)")
     return parser.parse_args(argv)
@@ -272,9 +444,14 @@ def main(args):
     out = args.out_dir.resolve()
     seeds = args.seeds or [args.seed]
     ledgers = []
+    stages = [s for s in STAGES if args.stages == "all" or s.more == (args.stages == "more")]
     for seed in seeds:
         folder = out if len(seeds) == 1 else out / f"seed{seed}"
-        ledger = run_once(folder, seed)
+        if args.stages == "more" and not (folder / f"full_sft_{HIDDEN}.pth").exists():
+            raise SystemExit(
+                f"--stages more needs the weights of a run before it in {relative(folder)}: none"
+            )
+        ledger = run_once(folder, seed, stages)
         write_json(folder / "ledger.json", ledger)
         (folder / "report.md").write_text(report([ledger]), encoding="utf-8")
         ledgers.append(ledger)
