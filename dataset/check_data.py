@@ -113,15 +113,7 @@ class Doctor:
     def _conversations(self, line, found):
         """Checks that need a whole row; returns [(messages, tools), ...] to tokenize."""
         if self.kind == "dpo":
-            (chosen, tools), (rejected, other_tools) = found["chosen"], found["rejected"]
-            if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-                raise RowError("the last message of both sides must be the assistant's")
-            if chosen[:-1] != rejected[:-1] or tools != other_tools:
-                raise RowError(
-                    "chosen and rejected differ before their last message: the prompt must be the same"
-                )
-            if chosen == rejected:
-                self.warn(line, "chosen equals rejected: nothing to prefer")
+            (chosen, tools), (rejected, _) = found["chosen"], found["rejected"]
             if _size(chosen[-1]) > _size(rejected[-1]):
                 self.warnings["pairs whose chosen answer is the longer one"] += 1
             items = [(chosen, tools), (rejected, tools)]
@@ -182,6 +174,12 @@ class Doctor:
                 runs = list(self.encoder.runs(messages, tools, generation_prompt=True))
                 texts = [run for run, _ in runs if isinstance(run, str)]
                 self._length(len(runs) - len(texts) + sum(map(len, self.encoder.encode_texts(texts))), 0)
+            return
+        if self.kind == "dpo":
+            for chosen, rejected in zip(conversations[::2], conversations[1::2]):
+                prompt, *answers = self.encoder.encode_pair(chosen, rejected)
+                for answer in answers:
+                    self._length(len(prompt) + len(answer), len(answer))
             return
         for ids, mask in self.encoder.encode_conversations(conversations):
             edges = np.diff(np.array(mask, np.int8), prepend=0, append=0)

@@ -427,6 +427,8 @@ class PackedDataset:
     `dataset.batch(rows)` -> the same, stacked (B, T).
     """
 
+    unit = "rows"
+
     def __init__(self, caches, starts, lengths, row_offsets, max_seq_len, pad_id, token_bytes, report):
         self.caches = caches
         self.bases = np.cumsum(

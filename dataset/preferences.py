@@ -45,7 +45,7 @@ class PairDataset:
     def num_targets(self):
         return int(self.answers.sum())
 
-    num_bytes = 0  # bits per byte mean nothing here
+    unit, num_bytes = "pairs", 0  # bits per byte mean nothing here
 
     def collate(self, rows, size):
         """One micro-batch of the pairs `rows` (B of them). int64 tensors: input_ids, labels, position_ids
@@ -75,7 +75,8 @@ class PairDataset:
         if self.reference is not None:
             pairs = torch.from_numpy(chosen)
             batch["reference"] = self.reference.view(2, -1)[:, pairs].flatten()
-        if not rows:  # nothing to learn, but a batch
+        if not rows:  # nothing to learn, and no token that counts, but a batch
+            batch["input_ids"].fill_(self.pad_id)
             batch["labels"].fill_(IGNORE)
             batch["answers"].zero_()
             batch.get("reference", batch["answers"]).zero_()
@@ -133,6 +134,6 @@ def load_pairs(
     if not len(train):
         names = ", ".join(str(cache.source) for cache in caches)
         raise DataError(
-            f"{names}: no pair fits into --max_seq_len {max_seq_len} ({train.dropped} are longer): raise it"
+            f"{names}: no pair fits into --max_seq_len {max_seq_len} ({len(fits):,} are in there): raise it"
         )
     return train, val if val_fraction else None

@@ -88,13 +88,11 @@ def test_preference_pairs_are_compared(tmp_path, capsys):
     no_answer = {"chosen": PAIR["chosen"][:1] * 2, "rejected": PAIR["rejected"]}
     file = write_jsonl(tmp_path / "a.jsonl", [PAIR, other_prompt, equal, PAIR, no_answer])
     code, report, _ = check(capsys, file)
-    assert code == 1 and [e["line"] for e in report["errors"]] == [2, 5]
-    assert "prompt must be the same" in report["errors"][0]["message"]
+    assert code == 1 and [e["line"] for e in report["errors"]] == [2, 3, 5]
+    assert "all but their last message must be the same" in report["errors"][0]["message"]
+    assert "are the same answer" in report["errors"][1]["message"]
     notes = {w["message"]: w["rows"] for w in report["warnings"]}
-    assert notes == {
-        "pairs whose chosen answer is the longer one": 2,
-        "chosen equals rejected: nothing to prefer": 1,
-    }
+    assert notes == {"pairs whose chosen answer is the longer one": 2}
 
 
 def test_agent_rows_without_tools_or_expected_values_are_noted(tmp_path, capsys):

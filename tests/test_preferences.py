@@ -391,7 +391,7 @@ def test_a_micro_batch_without_pairs_has_no_loss_but_a_gradient(folder, moe, los
     totals = {"loss": 3, "chosen_tokens": 20, "aux_loss": 2}
     head = model.lm_head.weight
     loss, sums = dpo_loss(model, batch, totals, head, pair_loss, beta=0.1, sft_weight=0.5)
-    assert loss.item() == 0 and all(float(value) == 0 for value in sums.values())
+    assert loss.detach() == 0 and all(value.detach() == 0 for value in sums.values())
     loss.backward()
     reached = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert "lm_head.weight" in reached and "model.embed_tokens.weight" in reached
@@ -456,11 +456,3 @@ def test_several_files_are_one_data_set(tmp_path):
     for row, (pairs, number) in {2: (alone[0], 2), 5: (alone[1], 0), 11: (alone[1], 6)}.items():
         wanted = pairs.collate([number], 1)
         assert all(tensor.equal(wanted[name]) for name, tensor in both.collate([row], 1).items())
-
-
-def test_nonsense_limits_are_refused(tmp_path):
-    """As in the other loaders: a share of one would leave nothing to train on."""
-    path = dpo_file(tmp_path, easy_pairs(5))
-    for options in (dict(max_seq_len=3), dict(max_seq_len=64, val_fraction=1.0)):
-        with pytest.raises(DataError, match="must be at least"):
-            load_pairs(path, repo_tokenizer(), **options)

@@ -616,6 +616,7 @@ def inherit(args):
         if getattr(args, name, 0) is None and name in before:
             setattr(args, name, before[name])
     args.max_steps = args.max_steps or before.get("max_steps", 0)  # also what --max_minutes was turned into
+    args.max_minutes = args.max_minutes or before.get("max_minutes", 0.0)  # decides how much is held out
 
 
 def flops_of_a_token(args, max_seq_len: int) -> float:

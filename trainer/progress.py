@@ -311,13 +311,14 @@ def announce(args, rt, model, run: dict, data_path, train, val, written: Path):
     )
     print(f"reads:   {data_path}: {train.summary()}")
     if val is not None:
-        print(f"held out: {len(val):,} rows, {val.num_targets:,} targets, {val.num_bytes:,} bytes of text")
+        size = f", {val.num_bytes:,} bytes of text" if val.num_bytes else ""
+        print(f"held out: {len(val):,} {val.unit}, {val.num_targets:,} targets{size}")
     print(f"writes:  {shown(written)}; to continue: {shown(resume_path(args, config))}")
     print(f"{model_size(runtime.bare(model))}, {config.hidden_size} wide, {config.num_hidden_layers} layers")
     print(
-        f"steps:   {run['total_steps']:,} of {rows} rows x {args.max_seq_len} = "
-        f"{rows * args.max_seq_len:,} tokens ({run['total_steps'] * rows / len(train):.2f} epochs), "
-        f"{batches.micro_rows(args, rt.world_size)} rows at a time"
+        f"steps:   {run['total_steps']:,} of {rows} {train.unit} x {train.tokens_per_row:.0f} = "
+        f"{rows * train.tokens_per_row:,.0f} tokens ({run['total_steps'] * rows / len(train):.2f} epochs), "
+        f"{batches.micro_rows(args, rt.world_size)} {train.unit} at a time"
     )
     print(f"machine: {runtime.describe(rt)}, torch.compile {'on' if is_compiled(model) else 'off'}")
     with contextlib.suppress(OSError, AttributeError):  # AttributeError: Windows has no load average

@@ -496,6 +496,14 @@ def maybe_compile(
     return torch.compile(model), "1"
 
 
+def uncompiled(args):
+    """Within it, compiled code is not used: without gradients it would be compiled a second time, for a few
+    batches. (The stance costs a second of imports, so a run that compiles nothing does not take it.)"""
+    if str(args.use_compile) == "0":
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 def why_gradients_differ(model, batch: dict, rt: Runtime) -> str | None:
     """None when the compiled model has the loss and the gradient of the uncompiled one, but for rounding.
     Torch 2.13 is known to compile some bfloat16 code for CPUs into NaN; a run should not find out the hard

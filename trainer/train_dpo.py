@@ -78,7 +78,8 @@ def dpo_loss(model, batch, totals, head, pair_loss, beta, sft_weight=0.0):
         loss = loss - sft_weight * policy.chunk(2)[0].sum() / totals["chosen_tokens"]
     if aux_loss is not None:
         loss = loss + aux_loss / totals["aux_loss"]
-    return loss, {"loss": losses.sum(), **diagnostics(policy.detach(), reference, answers, beta)}
+    sums = {"loss": losses.sum()} if aux_loss is None else {"loss": losses.sum(), "aux_loss": aux_loss}
+    return loss, sums | diagnostics(policy.detach(), reference, answers, beta)
 
 
 def diagnostics(policy, reference, answers, beta) -> dict:
@@ -158,6 +159,14 @@ def main(args):
         return answer_logprobs(model, batch, head)[0]
 
     references = run.saved["extra"] if run.saved else {}  # a model that has moved is no reference
+    held_out_pairs = None if val is None else val.fingerprint()
+    if run.saved and val is not None and references.get("held_out") != held_out_pairs:
+        raise checkpoint.CheckpointError(
+            "the held-out pairs are not those this run began with, and their reference cannot be computed "
+            "any more: give the old --val_path, or none with --val_fraction 0, or start a new run with "
+            "--from_resume 0"
+        )
+    references["held_out"] = held_out_pairs
     for name, pairs in (("train", train), ("val", val)):
         if pairs is not None:
             if name not in references:

@@ -44,7 +44,8 @@ def reward_loss(model, batch, totals, center):
     if aux_loss is not None:
         loss = loss + aux_loss / totals["aux_loss"]
     chosen, rejected = rewards.detach().chunk(2)
-    sums = {"loss": losses.sum(), "accuracy": (chosen > rejected).float().sum()}
+    sums = {"loss": losses.sum()} if aux_loss is None else {"loss": losses.sum(), "aux_loss": aux_loss}
+    sums["accuracy"] = (chosen > rejected).float().sum()
     return loss, sums | {"reward_chosen": chosen.sum(), "reward_rejected": rejected.sum()}
 
 

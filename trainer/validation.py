@@ -27,7 +27,7 @@ def means(model, dataset, micro_loss, args, rt) -> dict:
     was_training = model.training
     model.eval()
     sums: dict = {}
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), runtime.uncompiled(args):
         for batch in batches.validation_batches(dataset, args, rt):
             with rt.autocast():
                 _, parts = micro_loss(model, batch, {"loss": 1, "aux_loss": 1})
@@ -51,7 +51,7 @@ def sequence_scores(model, pairs, score, args, rt):
     mine = list(range(rt.rank, len(pairs), rt.world_size))
     mine.sort(key=lambda pair: int(pairs.lengths[pair].max()))  # neighbours of like length pack best
     found = torch.zeros(2, len(pairs), dtype=torch.float64)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), runtime.uncompiled(args):
         for start in range(0, len(mine), args.batch_size):
             rows = mine[start : start + args.batch_size]
             batch = {name: t.to(rt.device) for name, t in pairs.collate(rows, len(rows)).items()}
@@ -76,8 +76,7 @@ def validate(model, dataset, args, rt) -> dict:
     was_training = model.training
     model.eval()
     loss, num_targets = torch.zeros((), dtype=torch.float64), 0
-    # Uncompiled: without gradients the blocks would be compiled a second time, for a few batches.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), runtime.uncompiled(args):
         for batch in batches.validation_batches(dataset, args, rt):
             with rt.autocast():
                 out = model(**batch, num_items_in_batch=1, return_logits=False)
