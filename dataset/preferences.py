@@ -134,6 +134,6 @@ def load_pairs(
     if not len(train):
         names = ", ".join(str(cache.source) for cache in caches)
         raise DataError(
-            f"{names}: no pair fits into --max_seq_len {max_seq_len} ({len(fits):,} are in there): raise it"
+            f"{names}: no pair fits into --max_seq_len {max_seq_len} (all {len(fits):,} are longer): raise it"
         )
     return train, val if val_fraction else None

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.ahead_of_time import EXAMPLE_ROWS, ahead_of_time
-from model.model_minimind import attention, block_biases, rope_frequencies, route
+from model.model_minimind import attention, block_biases, matrix_of, rope_frequencies, route
 from model.precision import (
     cpu_features,
     has_packed_products,
@@ -373,7 +373,7 @@ def weight_of(linear: nn.Module) -> torch.Tensor:
             "generation works on plain linear layers without bias, not on a "
             f"{type(linear).__name__} that computes something else: merge adapters into the weights first"
         )
-    return linear.weight.detach()
+    return matrix_of(linear).detach()
 
 
 class Linear:
@@ -486,7 +486,7 @@ class Layer:
         self.router = None
         if config.use_moe:
             self.mlp_norm = mlp_norm.to(dtype, copy=True)
-            self.router = mlp.gate.weight.detach().float().clone()
+            self.router = weight_of(mlp.gate).float().clone()
             self.experts = [FusedMLP(expert, make) for expert in mlp.experts]
             self.shared = [FusedMLP(e, make) for e in mlp.shared_experts] if mlp.has_shared else []
         else:

@@ -8,7 +8,7 @@ length of every row of W: Liu et al. 2024, https://arxiv.org/abs/2402.09353, equ
 
     adapters = add_lora(model, LoRAConfig(rank=8, alpha=16))     # freezes the model, except the adapters
     state = lora_state(model)                                    # what a file of adapters holds
-    apply_lora(model, state, config, scale=0.5)                  # for inference; a second one adds itself
+    apply_lora(model, state, config, scale=0.5)                  # for inference; another name: adds itself
     with scaled(model, 0.0): ...                                 # switched off
     merge_lora(model)                                            # W + s B A, the adapters are gone
 
@@ -71,7 +71,7 @@ class Adapter(nn.Module):
         if self.m is not None:
             # g (W + sBA) x - W x; the length is a constant for the gradient (section 4.3 of the paper)
             g = self.m / row_lengths((weight + self.change()).detach())
-            y = (g - 1) * base + g * y
+            y = ((g - 1) * base + g * y).to(base.dtype)
         return y * self.strength if self.strength != 1.0 else y
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,8 @@ class Adapter(nn.Module):
 
 
 def row_lengths(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(matrix, dim=1)
+    """(rows,), never 0: an expert that nobody visited may still have rows of zeros, and 0 / 0 is NaN."""
+    return torch.linalg.vector_norm(matrix, dim=1).clamp(min=torch.finfo(matrix.dtype).tiny)
 
 
 class LoRALinear(Linear):
@@ -96,9 +97,10 @@ class LoRALinear(Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.plain = type(linear)
         self.lora = nn.ModuleDict()
+        self.train(linear.training)
 
     def forward(self, x):
-        base = super().forward(x)
+        base = self.plain.forward(self, x)
         y = base
         for adapter in self.lora.values():
             y = y + adapter.delta(x, base, self.weight)
@@ -141,6 +143,13 @@ def matching_layers(model: nn.Module, targets) -> list[str]:
     return [name for name in layers if name in set(found)]
 
 
+def check_stacking(layer: nn.Linear, name: str, config: LoRAConfig):
+    """Raises ValueError where an adapter cannot join those that the layer has."""
+    there = list(getattr(layer, "lora", {}).values())
+    if there and (config.dora or any(adapter.m is not None for adapter in there)):
+        raise ValueError(f"{name}: an adapter with DoRA rescales the whole matrix and cannot be stacked")
+
+
 def attach(model: nn.Module, name: str, config: LoRAConfig, adapter_name: str) -> Adapter:
     """Give the layer `name` an adapter; the layer is replaced by a LoRALinear at the first one."""
     parent, _, last = name.rpartition(".")
@@ -149,9 +158,10 @@ def attach(model: nn.Module, name: str, config: LoRAConfig, adapter_name: str) -
     if not isinstance(layer, LoRALinear):
         layer = LoRALinear(layer)
         setattr(parent, last, layer)
-    if config.dora and layer.lora or any(adapter.m is not None for adapter in layer.lora.values()):
-        raise ValueError(f"{name}: an adapter with DoRA rescales the whole matrix and cannot be stacked")
-    layer.lora[adapter_name] = Adapter(layer.weight, config)
+    check_stacking(layer, name, config)
+    if adapter_name in layer.lora:
+        raise ValueError(f"{name} already has an adapter called {adapter_name!r}: give this one another name")
+    layer.lora[adapter_name] = Adapter(layer.weight, config).train(layer.training)
     return layer.lora[adapter_name]
 
 
@@ -173,7 +183,10 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 def relative_sizes(model: nn.Module) -> list[float]:
     """|s B A| / |W| of every adapted layer: how far training has moved it."""
     return [
-        (sum(a.matrix(layer.weight) for a in layer.lora.values()).norm() / layer.weight.norm()).item()
+        (
+            sum(a.matrix(layer.weight) for a in layer.lora.values()).norm()
+            / layer.weight.norm().clamp(min=1e-12)
+        ).item()
         for layer in model.modules()
         if isinstance(layer, LoRALinear)
     ]
@@ -209,6 +222,8 @@ def apply_lora(model, state: dict, config: LoRAConfig, adapter_name: str = "defa
         shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
         if shapes != wanted:
             raise ValueError(f"the adapter of {layer} has the shapes {shapes}, this model wants {wanted}")
+    for layer in parts:
+        check_stacking(layers[layer], layer, config)
     for layer, tensors in parts.items():
         adapter = attach(model, layer, config, adapter_name)
         adapter.strength = scale

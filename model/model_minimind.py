@@ -499,7 +499,7 @@ class MoEFeedForward(nn.Module):
 
     def product(self, x, name, counts):
         """x (N * k, in) in expert order times each expert's matrix -> (N * k, out)."""
-        drops = getattr(getattr(self.experts[0], name), "drops", False)  # adapters with dropout
+        drops = any(getattr(getattr(e, name), "drops", False) for e in self.experts)  # adapters with dropout
         if x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and not drops:
             weight = self.stacked(name, x.dtype)
             with torch.autocast(x.device.type, enabled=False):
@@ -575,7 +575,7 @@ class LinearCrossEntropySum(torch.autograd.Function):
         w = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
         chunk = LOSS_CHUNK.get(hidden.device.type, LOSS_CHUNK["other"])
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, min(start + chunk, hidden.shape[0]))
@@ -587,6 +587,8 @@ class LinearCrossEntropySum(torch.autograd.Function):
             total += losses.sum()
             if needs_grad:
                 torch.mm(grad, w, out=grad_hidden[part])
+                if grad_weight is None:  # a frozen head
+                    continue
                 if grad.dtype == torch.float32:
                     grad_weight.addmm_(grad.T, hidden[part])
                 else:
@@ -600,7 +602,9 @@ class LinearCrossEntropySum(torch.autograd.Function):
     def backward(ctx, grad_total):
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_hidden = (grad_hidden * grad_total).to(grad_hidden.dtype)
-        return grad_hidden, (grad_weight * grad_total).to(ctx.weight_dtype), None, None, None
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def linear_cross_entropy_sum(

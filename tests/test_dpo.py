@@ -658,7 +658,7 @@ def test_bad_pairs_end_in_one_line(tmp_path, capsys):
     refused(
         tmp_path,
         capsys,
-        r"no pair fits into --max_seq_len 8 \(40 are longer\)",
+        r"no pair fits into --max_seq_len 8 \(all 40 are longer\)",
         "--max_seq_len",
         8,
         "--val_fraction",

@@ -281,7 +281,7 @@ def test_pairs_longer_than_the_limit_are_left_out_and_counted(tmp_path):
     with pytest.raises(DataError) as caught:
         load_pairs(path, repo_tokenizer(), limit - 1)
     message = str(caught.value)
-    assert message.startswith(f"{path}: no pair fits into --max_seq_len {limit - 1} (4 are longer)")
+    assert message.startswith(f"{path}: no pair fits into --max_seq_len {limit - 1} (all 4 are longer)")
     assert message.endswith("raise it") and "\n" not in message
 
 

@@ -257,7 +257,7 @@ def save_weights(model, path: Path, metadata: dict, dtype: str = "float32", stat
     import torch
 
     dtype = getattr(torch, dtype)
-    tensors, state, seen = (state or model.state_dict()), {}, {}
+    tensors, state, seen = model.state_dict() if state is None else state, {}, {}
     for name, tensor in tensors.items():
         key = (tensor.data_ptr(), tensor.shape)  # a tied tensor is converted, and stored, once
         if key not in seen:
@@ -396,7 +396,7 @@ def read_adapter(path: Path):
         raise CheckpointError(f"{shown(path)} holds whole weights, not an adapter: give it as --weight")
     settings = metadata.get("lora")
     if settings is None:  # MiniMind's files: y = x W^T + x A^T B^T
-        rank = next(t.shape[0] for name, t in state.items() if name.endswith(".A"))
+        rank = next((t.shape[0] for name, t in state.items() if name.endswith(".A")), 0)
         settings = {"rank": rank, "alpha": float(rank)}
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     require_finite_file(state, path)

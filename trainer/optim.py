@@ -180,10 +180,11 @@ def build_optimizers(
         raise ValueError(f"unknown optimizer {name!r}: choose muon or adamw")
     groups = [g for g in groups if g["params"]]
     device = next(model.parameters()).device.type
-    adamw = torch.optim.AdamW(
-        groups, lr=learning_rate, betas=betas, eps=1e-8, fused=device in ("cuda", "cpu")
+    fused = device in ("cuda", "cpu")
+    adamw = (
+        [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)] if groups else []
     )
-    optimizers = [adamw, *muon]
+    optimizers = [*adamw, *muon]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

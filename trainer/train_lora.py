@@ -54,7 +54,11 @@ def parse_args(argv=None):
         "--lora_alpha", type=cli.positive_float, default=16.0, metavar="X", help="strength: alpha / rank"
     )
     g.add_argument(
-        "--lora_dropout", type=cli.fraction, default=0.0, metavar="X", help="share of A's inputs zeroed"
+        "--lora_dropout",
+        type=cli.fraction,
+        default=0.0,
+        metavar="X",
+        help="share of A's inputs zeroed (not in lm_head and gate)",
     )
     g.add_argument(
         "--lora_targets",
@@ -79,6 +83,10 @@ def main(args):
     from trainer import batches, checkpoint, loop, progress, runtime
     from trainer.validation import held_out
 
+    if args.from_weight == "none":
+        raise runtime.TrainingError("--from_weight none: an adapter needs trained weights to stand on")
+    if args.save_dir.name == "lora":  # MiniMind's habit: the base lies above it
+        args.save_dir = args.save_dir.parent
     rt = runtime.start(args)
     tokenizer = checkpoint.load_tokenizer()
     path = cli.find_data(args, [f"{args.save_weight}.jsonl"], mini=f"{args.save_weight}.jsonl")
@@ -86,7 +94,8 @@ def main(args):
     tax = batches.load_tax(path, tokenizer, args, rt)
     run = loop.Run("lora", args, rt, tokenizer, path, train, val, frozen_base=True)
     model = checkpoint.new_model(args, tokenizer, rt)
-    targets = ALL_LINEARS if args.lora_targets == "all" else tuple(args.lora_targets.split(","))
+    names = [name.strip() for name in args.lora_targets.split(",")]
+    targets = ALL_LINEARS if names == ["all"] else tuple(names)
     lora_config = LoRAConfig(
         args.lora_rank,
         args.lora_alpha,
