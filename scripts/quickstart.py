@@ -41,10 +41,10 @@ COMMON = "--preset tiny --max_seq_len 256 --batch_size 8 --device cpu".split()
 SFT_RATES = "--learning_rate 5e-4 --muon_lr 2.5e-3".split()
 
 
-# A student starts from nothing, both times in the same steps.
+# A pretrained student with 300 conversations, both times in the same steps; the rates are fine-tuning's own.
 STUDENT = (
-    "--hidden_size 128 --num_attention_heads 2 --num_key_value_heads 1 --intermediate_size 352 "
-    "--from_weight none --teacher_hidden_size 256 --learning_rate 5e-3 --muon_lr 1e-2 --max_steps 200"
+    "--from_weight pretrain --teacher_hidden_size 256 --batch_size 4 --max_steps 120 --learning_rate 1e-3 "
+    "--muon_lr 5e-3 --temperature 3"
 ).split()
 
 
@@ -60,7 +60,6 @@ class Stage:
     costs: list[str] = field(default_factory=list)  # metrics of earlier stages: the alignment tax
     logged: list[str] = field(default_factory=list)  # held-out metrics of its own log, before and after
     heldout: str = ""  # file of the curriculum that its own log measures
-    width: int = HIDDEN
     adapter: bool = False  # it writes lora/<name>_256.pth, to be added to what it is compared with
     more: bool = False  # only with --stages all
 
@@ -96,10 +95,11 @@ STAGES = [
         "LoRA: another name, the base untouched",
         "trainer/train_lora.py",
         "lora_identity.jsonl",
-        "--max_minutes 0.7 --batch_size 4".split(),
+        "--epochs 5 --batch_size 4".split(),
         compared_with="full_sft",
         shows=["identity"],
         costs=["facts_asked", "sums"],
+        heldout="lora_identity_heldout.jsonl",
         adapter=True,
         more=True,
     ),
@@ -108,10 +108,11 @@ STAGES = [
         "reasoning: think first, when asked to",
         "trainer/train_reason.py",
         "reason.jsonl",
-        "--max_minutes 1.1 --from_weight full_sft".split(),
+        "--epochs 1 --from_weight full_sft".split(),
         compared_with="full_sft",
         shows=["reason", "well_formed"],
         costs=["facts_asked", "sums"],
+        heldout="reason_heldout.jsonl",
         more=True,
     ),
     Stage(
@@ -119,7 +120,7 @@ STAGES = [
         "preferences: polite and right rather than rude or wrong",
         "trainer/train_dpo.py",
         "dpo.jsonl",
-        "--max_minutes 0.7".split(),
+        "--epochs 1".split(),
         compared_with="full_sft",
         costs=["facts_asked", "sums"],
         logged=["val_accuracy", "val_margin", "val_logp_chosen"],
@@ -131,33 +132,31 @@ STAGES = [
         "reward model: a number for every answer",
         "trainer/train_reward.py",
         "dpo.jsonl",
-        "--max_minutes 0.5".split(),
+        "--epochs 1".split(),
         logged=["val_accuracy", "val_calibration_error"],
         heldout="dpo_heldout.jsonl",
         more=True,
     ),
     Stage(
         "student_alone",
-        "a model a fifth as large, fine-tuned alone (control)",
+        "a pretrained model and only 300 conversations (control)",
         "trainer/train_distillation.py",
-        "sft.jsonl",
+        "distill.jsonl",
         [*STUDENT, "--alpha", "1"],
         shows=["facts_asked", "sums"],
         heldout="sft_heldout.jsonl",
-        width=128,
         more=True,
     ),
     Stage(
         "student",
-        "distillation: the same student, taught by the fine-tuned model",
+        "distillation: the same, taught by the fine-tuned model",
         "trainer/train_distillation.py",
-        "sft.jsonl",
-        STUDENT,
+        "distill.jsonl",
+        [*STUDENT, "--alpha", "0"],
         compared_with="student_alone",
         shows=["facts_asked", "sums"],
         logged=["val_agreement"],
         heldout="sft_heldout.jsonl",
-        width=128,
         more=True,
     ),
 ]
@@ -236,7 +235,7 @@ def weight_flags(stage: Stage, out: Path) -> list[str]:
     if stage.adapter:
         base = out / f"{stage.compared_with}_{HIDDEN}.pth"
         return ["--weight", str(base), "--lora_weight", stage.name]
-    return ["--weight", str(out / f"{stage.name}_{stage.width}.pth")]
+    return ["--weight", str(out / f"{stage.name}_{HIDDEN}.pth")]
 
 
 def needed_metrics(name: str, stages: list[Stage]) -> list[str]:
