@@ -95,7 +95,7 @@ STAGES = [
         "LoRA: another name, the base untouched",
         "trainer/train_lora.py",
         "lora_identity.jsonl",
-        "--epochs 5 --batch_size 4".split(),
+        "--epochs 3 --batch_size 4".split(),
         compared_with="full_sft",
         shows=["identity"],
         costs=["facts_asked", "sums"],
