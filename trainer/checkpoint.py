@@ -563,6 +563,34 @@ def load_from_weight(model, args, tokenizer, rt) -> dict | None:
     return {"weight": args.from_weight, "step": metadata.get("step"), "crc32": metadata.get("crc32")}
 
 
+def load_parent(args, parent: dict | None, tokenizer, rt):
+    """The frozen model that this run began with, once more; None when its file is gone or another."""
+    if parent is None:
+        return None
+    from trainer.cli import model_config
+
+    path = weight_path(args, model_config(args), parent["weight"])
+    try:
+        model, metadata = load_model(path, tokenizer)
+    except CheckpointError:
+        return None
+    return model.requires_grad_(False).to(rt.device) if metadata.get("crc32") == parent["crc32"] else None
+
+
+def load_reward_model(path: Path, tokenizer=None):
+    """(RewardModel in eval mode on the CPU, metadata) from the file that trainer/train_reward.py wrote."""
+    from model.model_minimind import MiniMindConfig
+    from model.model_reward import RewardModel
+
+    state, metadata = read_weights(path)
+    if "score.weight" not in state:
+        raise CheckpointError(
+            f"{shown(path)} is no reward model (score.weight is missing): trainer/train_reward.py trains one"
+        )
+    model = RewardModel(MiniMindConfig(**metadata["config"]))
+    return model.eval(), load_weights(model, path, tokenizer)
+
+
 def missing_weight(path: Path, weight: str) -> str:
     """The sentence for weights that are not there: who writes them, and what similar files lie beside."""
     script = Path(__file__).with_name(f"train_{weight}.py")

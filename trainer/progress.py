@@ -457,7 +457,7 @@ def draw_curve(log: Path, picture: Path) -> bool:
     axes.plot(*zip(*train), label="loss", linewidth=1)
     if held_out:
         axes.plot(*zip(*held_out), "o-", label="val_loss", markersize=3)
-    axes.set(xlabel="optimizer step", ylabel="nats per target token", title=log.stem.removesuffix("_log"))
+    axes.set(xlabel="optimizer step", ylabel="loss", title=log.stem.removesuffix("_log"))
     axes.grid(alpha=0.3)
     right = axes.twinx()
     right.plot(*zip(*rates), color="gray", linewidth=0.8, alpha=0.6, label="lr")

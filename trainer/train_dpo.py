@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs from any directory
 
 from trainer import cli  # the rest is imported where it is used: --help answers before torch is there
+from trainer.train_distillation import divergence_loss
 
 LOSS_TYPES = ("sigmoid", "ipo", "dpop", "simpo", "sigmoid_norm")
 
@@ -97,6 +98,21 @@ def diagnostics(policy, reference, answers, beta) -> dict:
     }
 
 
+def kl_from_reference(model, batch, totals, head, reference):
+    """Of a held-out micro-batch: KL(policy | reference), summed over the tokens of the chosen answers and the
+    whole vocabulary. How far the policy has moved, whatever its log-probabilities did."""
+    from trainer.logprobs import answer_positions, hidden_states, linear_loss_sum
+
+    def kl(logits, reference_hidden):
+        reference_logits = (reference_hidden @ reference.lm_head.weight.to(reference_hidden.dtype).T).float()
+        return divergence_loss(logits, reference_logits, "reverse").sum(), logits.new_zeros(0)
+
+    hidden, reference_hidden = hidden_states(model, batch)[0], hidden_states(reference, batch)[0]
+    keep, _ = answer_positions(batch["labels"])
+    keep = keep[batch["sequence_ids"].flatten()[keep] < len(batch["last"]) // 2]
+    return None, {"kl": linear_loss_sum(hidden[keep], head, kl, reference_hidden[keep])[0]}
+
+
 def parse_args(argv=None):
     parser = cli.stage_parser(
         __doc__,
@@ -143,7 +159,7 @@ def main(args):
 
     from dataset.preferences import load_pairs
     from trainer import batches, checkpoint, loop, progress, runtime
-    from trainer.validation import held_out, sequence_scores
+    from trainer.validation import held_out, means, sequence_scores
 
     rt = runtime.start(args)
     tokenizer = checkpoint.load_tokenizer()
@@ -196,6 +212,11 @@ def main(args):
             losses = pair_loss(policy, val.reference, answers)
             sums = {"loss": losses.sum(), **diagnostics(policy, val.reference, answers, args.beta)}
             found = {f"val_{name}": float(value) / len(val) for name, value in sums.items()}
+            reference = checkpoint.load_parent(args, run.parent, tokenizer, rt)
+            if reference is not None:
+                kl = functools.partial(kl_from_reference, head=head, reference=reference)
+                per_target = means(model, val, kl, args, rt)["kl"]
+                found["val_kl"] = per_target * val.num_targets / int(val.answers[:, 0].sum())
         return found | held_out(model, None, tax, args, rt)
 
     run.fit(model, optimizers, update, check, before=True, **references)
