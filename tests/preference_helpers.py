@@ -40,7 +40,7 @@ def small_model(**more):
     from model.model_minimind import MiniMindConfig, MiniMindLM
 
     torch.manual_seed(0)
-    return MiniMindLM(MiniMindConfig(**SHAPE, residual_init="normal", **({"initializer_range": 0.2} | more)))
+    return MiniMindLM(MiniMindConfig(**(SHAPE | dict(residual_init="normal", initializer_range=0.2) | more)))
 
 
 def base_weights(folder, **more):
