@@ -61,6 +61,7 @@ class Run:
         self.frozen_base = frozen_base
         self.data = train.fingerprint()
         self.saved = self.parent = self.log = None
+        self.other_bytes = 0  # of models that are not trained, for the forecast of memory
         self.save_weights = checkpoint.save_weights
         self.weight_path = checkpoint.weight_path
 
@@ -107,7 +108,7 @@ class Run:
         total_steps = batches.num_steps(len(self.train), args)
         about = checkpoint.describe(self.stage, args, self.tokenizer, self.data, total_steps, self.parent)
         written = self.weight_path(args, runtime.bare(model).config)
-        progress.announce(args, rt, model, about, self.path, self.train, self.val, written)
+        progress.announce(args, rt, model, about, self.path, self.train, self.val, written, self.other_bytes)
         log = self.log = progress.Progress(args, rt, model, about)
         log.start(checkpoint.restore(self.saved, model, optimizers, rt, log))
         log.log(**first)

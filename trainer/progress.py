@@ -297,8 +297,9 @@ def commit() -> str | None:
 # --------------------------------------------------------------------------------------------------
 
 
-def announce(args, rt, model, run: dict, data_path, train, val, written: Path):
-    """What this run will do, before it does it. written: where the weights will be."""
+def announce(args, rt, model, run: dict, data_path, train, val, written: Path, others: int = 0):
+    """What this run will do, before it does it. written: where the weights will be; others: bytes of other
+    models that it holds."""
     if not rt.is_main:
         return
     from trainer import batches
@@ -329,7 +330,9 @@ def announce(args, rt, model, run: dict, data_path, train, val, written: Path):
                 "that"
             )
             print("      wait for each other may make --num_threads 1 faster")
-    predicted, free = predicted_memory_gb(model, args, rt), runtime.available_memory_gb(rt)
+    tokens = batches.micro_rows(args, rt.world_size) * train.tokens_per_row
+    predicted = predicted_memory_gb(model, args, rt, tokens) + others / 1e9
+    free = runtime.available_memory_gb(rt)
     print(f"memory:  about {predicted:.1f} GB" + (f" of {free:.1f} GB free" if free is not None else ""))
     if free is not None and predicted > free:
         print(f"warning: this may not fit. {runtime.memory_advice(args).split('. ', 1)[1]}")
@@ -351,11 +354,10 @@ def model_size(model) -> str:
     return f"Model Params: {num_params / 1e6:.2f}M{active}"
 
 
-def predicted_memory_gb(model, args, rt) -> float:
+def predicted_memory_gb(model, args, rt, tokens: float) -> float:
     """A forecast of the peak: weights, gradients and optimizer state exactly, activations by a count per
     token and layer that was fitted to measurements (docs/training.md), and what the process holds
-    already."""
-    from trainer import batches
+    already. tokens: in a micro-batch."""
     from trainer.optim import split_parameters
 
     model = runtime.bare(model)
@@ -363,7 +365,7 @@ def predicted_memory_gb(model, args, rt) -> float:
     hidden, other, vectors = (sum(p.numel() for p in group) for group in split_parameters(model))
     state = 4 * hidden + 8 * (other + vectors) if args.optimizer == "muon" else 8 * (hidden + other + vectors)
     weights = 8 * (hidden + other + vectors) + state
-    tokens = batches.micro_rows(args, rt.world_size) * args.max_seq_len
+    weights += sum(4 * p.numel() for p in model.parameters() if not p.requires_grad)
     width = 2 if rt.dtype.itemsize == 2 else 4
     mlp = config.intermediate_size * (
         1 if not config.use_moe else config.num_experts_per_tok + config.n_shared_experts

@@ -249,8 +249,10 @@ def main(args):
     path = cli.find_data(args, ["sft_t2t_mini.jsonl", "sft_mini_512.jsonl"], mini="sft.jsonl")
     train, val = batches.load(load_sft, path, tokenizer, args, rt)
     run = loop.Run("distillation", args, rt, tokenizer, path, train, val)
-    model = run.load(checkpoint.new_model(args, tokenizer, rt))
-    teacher, args.teacher_crc32 = load_teacher(args, model.config, tokenizer, rt)
+    model = checkpoint.new_model(args, tokenizer, rt)
+    teacher, args.teacher_crc32 = load_teacher(args, model.config, tokenizer, rt)  # a setting, like the data
+    run.load(model)
+    run.other_bytes = sum(4 * p.numel() for p in teacher.parameters())
     head = model.lm_head.weight
     model, optimizers = run.prepare(model, dynamic=args.on_policy > 0)
     settings = dict(kind=args.divergence, temperature=args.temperature, jsd_beta=args.jsd_beta)
