@@ -2,7 +2,7 @@
 
     python scripts/run_tests.py              the default suite (minutes on two cores)
     python scripts/run_tests.py --slow       everything
-    python scripts/run_tests.py -k resume    any pytest argument is passed on
+    python scripts/run_tests.py -k resume    any pytest argument is passed on (-n 0: one process)
 
 Needs only Python 3.10+; packages go to .venv in the repo, unless the running environment already has them.
 """
@@ -26,6 +26,8 @@ def main(argv):
     args = [a for a in argv if a != "--slow"]
     if "--slow" in argv:
         args += ["-m", "slow or not slow"]
+    if "-n" not in args and "--pdb" not in args:  # a file's tests stay together: they share what they start
+        args += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
     # Small models run fastest on one thread each; two-process tests would fight over the cores otherwise.
     env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     checks = [
