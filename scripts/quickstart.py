@@ -143,6 +143,7 @@ STAGES = [
         "trainer/train_distillation.py",
         "distill.jsonl",
         [*STUDENT, "--alpha", "1"],
+        compared_with="pretrain",
         shows=["facts_asked", "sums"],
         heldout="sft_heldout.jsonl",
         more=True,

@@ -233,7 +233,7 @@ def test_a_micro_batch_without_answers_has_the_same_figures():
     usual = loss_of(student, teacher, batch)[1]
     loss, sums = loss_of(student, teacher, batch | {"labels": torch.full_like(batch["labels"], -100)})
     assert loss == 0 and sums.keys() == usual.keys()
-    assert all(float(value) == 0 for value in sums.values())
+    assert all(value.detach() == 0 for value in sums.values())
     loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in student.parameters()), "DDP waits for them"
 
@@ -444,8 +444,8 @@ def test_a_mixture_teaches_a_dense_student_and_the_other_way_round(tmp_path):
 
 def test_a_run_on_its_own_answers_learns_what_the_teacher_thinks_of_them(tmp_path):
     """No text is learned from: the loss is T^2 times the divergence alone."""
-    more = "--on_policy 1 --divergence reverse --max_gen_len 8 --log_interval 1 --learning_rate 5e-3".split()
-    train("distillation", tmp_path, *more, steps=16)
+    more = "--on_policy 1 --divergence reverse --max_gen_len 6 --log_interval 1 --learning_rate 5e-3".split()
+    train("distillation", tmp_path, *more, "--val_fraction", 0, steps=12)
     steps = steps_of(tmp_path, "distillation")
     for line in steps:
         assert line["loss"] == pytest.approx(2.25 * line["divergence"], rel=1e-4)
@@ -490,6 +490,8 @@ def test_teachers_that_are_not_there(tmp_path, capsys):
     run(f"teacher_32_moe.pth does not exist{advice}", train, "distillation", tmp_path, "--teacher_use_moe", 1)
     given = ["--from_teacher_weight", tmp_path / "nowhere/big.pth"]
     run(f"nowhere/big.pth does not exist{advice}", train, "distillation", tmp_path, *given)
+    given = ["--from_teacher_weight", tmp_path / "out/big.pth"]  # in a folder that is there
+    run(f"out/big.pth does not exist{advice}", train, "distillation", tmp_path, *given)
     assert not list(tmp_path.glob("out/full_dist*")) and not list(tmp_path.glob("checkpoints/*"))
 
 
@@ -554,5 +556,4 @@ def test_another_teacher_is_refused(tmp_path, monkeypatch, capsys):
     assert path.read_bytes() == before
     teacher.write_bytes(kept)
     train(*resume)
-    train("distillation", tmp_path / "whole")
-    assert_bit_equal(weights(tmp_path, NAME), weights(tmp_path / "whole", NAME))
+    assert path.read_bytes() != before

@@ -343,3 +343,82 @@ def test_nothing_from_a_folder_is_executed(tmp_path, tokenizer, monkeypatch, cap
     (tmp_path / "evil.py").write_text("raise SystemExit('code was run')", encoding="utf-8")
     code, _, err = run(monkeypatch, capsys, "--load_from", tmp_path, "--prompt", "x", *QUICK)
     assert code == 2 and "could not be loaded" in err and "code was run" not in err
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Adapters
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(out):
+    """Two adapters in the folder lora beside the weights."""
+    from model.model_lora import LoRAConfig, adapters, add_lora
+
+    model, metadata = checkpoint.load_model(out / "full_sft_32.pth")
+    config = LoRAConfig(4)
+    add_lora(model, config)
+    for seed, name in enumerate(("lora_a", "lora_b")):
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for layer in adapters(model).values():
+                layer.B.normal_(0, 0.2, generator=draw)
+        parent = {"weight": "full_sft", "step": 7, "crc32": metadata["crc32"] if name == "lora_a" else 1}
+        checkpoint.save_adapter(config, model, out / "lora" / f"{name}_32.pth", {"parent": parent})
+    return out
+
+
+def loaded(out, names):
+    return eval_llm.Native(eval_llm.parse_args(["--save_dir", str(out), "--lora_weight", names])).engine.model
+
+
+@pytest.mark.parametrize("names", ["lora_a", "lora_a:0.5", "lora_a,lora_b", "lora_a:0.5,lora_b:2", "path"])
+def test_adapters_are_added_by_name_and_by_half(adapted, names):
+    """W + s 4 B A of each (rank 4, alpha 16)."""
+    parts = [part.partition(":") for part in names.split(",")]
+    if names == "path":
+        names, parts = str(adapted / "lora/lora_a_32.pth"), [("lora_a", "", "")]
+    plain = checkpoint.load_model(adapted / "full_sft_32.pth")[0].state_dict()
+    wanted = {name: tensor.double() for name, tensor in plain.items()}
+    for name, _, scale in parts:
+        state, config, _ = checkpoint.read_adapter(adapted / f"lora/{name}_32.pth")
+        for key in (key for key in state if key.endswith("A")):
+            delta = state[key[:-1] + "B"].double() @ state[key].double()
+            layer = key.split(".lora.")[0]
+            wanted[f"{layer}.weight"] += float(scale or 1) * config.alpha / config.rank * delta
+    found = loaded(adapted, names).state_dict()
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-5, atol=1e-6, msg=name)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert (found[name] - plain[name]).abs().max() > 0.05
+
+
+def test_answers_with_an_adapter_are_those_of_the_merged_file(monkeypatch, capsys, adapted, tmp_path):
+    from scripts import merge_lora
+
+    path = tmp_path / "merged_32.pth"
+    flags = ["--weight", adapted / "full_sft_32.pth", "--lora_weight", "lora_a", "--save_path", path]
+    cli.run(merge_lora.main, merge_lora.parse_args, [str(flag) for flag in flags])
+    ask = ("--prompt", "hello", *QUICK, "--max_new_tokens", 20)
+    plain = run(monkeypatch, capsys, "--save_dir", adapted, *ask)
+    code, output, err = run(monkeypatch, capsys, "--save_dir", adapted, "--lora_weight", "lora_a", *ask)
+    merged = run(monkeypatch, capsys, "--weight", path, *ask)
+    assert code == merged[0] == 0 and "with lora_a" in err and "note:" not in err
+    assert answers(output) == answers(merged[1]) != answers(plain[1])
+
+
+def test_an_adapter_of_other_weights_is_used_with_a_note(monkeypatch, capsys, adapted):
+    flags = ("--save_dir", adapted, "--lora_weight", "lora_b", "--prompt", "x", *QUICK)
+    code, output, err = run(monkeypatch, capsys, *flags)
+    assert code == 0 and len(answers(output)) == 1
+    assert "lora_b_32.pth was trained on other weights (full_sft, step 7)" in err
+
+
+@pytest.mark.parametrize("names", ["lora_x", "lora_a,lora_x:0.5", "lora_a:-1", "lora_a:1.2.3"])
+def test_an_adapter_that_is_not_there_is_one_line(monkeypatch, capsys, adapted, names):
+    flags = ("--save_dir", adapted, "--lora_weight", names, "--prompt", "x", *QUICK)
+    code, output, err = run(monkeypatch, capsys, *flags)
+    errors = [line for line in err.splitlines() if "was trained on other" not in line]
+    assert code == 2 and output == "" and len(errors) == 1 and "Traceback" not in err
+    assert names.split(",")[-1].split(":")[0] in errors[0], errors
