@@ -290,6 +290,10 @@ def find_weights(args) -> Path:
     raise CheckpointError(f"{shown(args.save_dir / wanted)} does not exist. {hint}")
 
 
+def has_adapters(args) -> bool:
+    return args.lora_weight not in ("None", "none", "")
+
+
 class Native:
     """Our own weights with the fast engine."""
 
@@ -307,7 +311,7 @@ class Native:
         model, metadata = checkpoint.load_model(path, self.tokenizer, **overrides)
         # MiniMind's file names tell the stage, ours tell it themselves
         self.is_base = path.name.startswith("pretrain") or metadata.get("stage") == "pretrain"
-        if args.lora_weight not in ("None", "none", ""):
+        if has_adapters(args):
             for note in checkpoint.merge_adapters(model, args.lora_weight, path.parent, metadata):
                 say(note)
             say(f"with {args.lora_weight}")
@@ -344,7 +348,9 @@ class Transformers:
         AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)
         AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
         device = runtime.choose_device(args.device)
-        for flag, given in (("--dtype int8", args.dtype == "int8"), ("--use_compile 1", args.use_compile)):
+        ours_alone = {"--dtype int8": args.dtype == "int8", "--use_compile 1": args.use_compile}
+        ours_alone[f"--lora_weight {args.lora_weight}"] = has_adapters(args)
+        for flag, given in ours_alone.items():
             if given:
                 raise checkpoint.CheckpointError(f"{flag} works for --weight, not for a transformers folder")
         dtype = runtime.choose_dtype(args.dtype, device)

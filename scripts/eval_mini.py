@@ -18,7 +18,7 @@ and by --exams, for the stages that teach something more:
     medical          first aid, in question forms never seen
     reason_direct    expressions and word problems of three numbers, answered at once
     reason           the same, thinking first (--open_thinking of eval_llm.py)
-    well_formed      thoughts that are not empty, end once with </think>, and are followed by an answer
+                     (and well_formed: thoughts that are not empty, end once, and have an answer behind them)
 """
 
 import argparse
@@ -208,7 +208,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     unknown = set(args.exams) - {*FILES, "bits_per_byte"}
     if unknown:
-        parser.error(f"--exams {','.join(sorted(unknown))}: choose from bits_per_byte,{','.join(FILES)}")
+        known = f"bits_per_byte,{','.join(FILES)}"
+        parser.exit(2, f"eval_mini.py: --exams {','.join(sorted(unknown))}: choose from {known}\n")
     return args
 
 

@@ -39,7 +39,7 @@ def main(args):
     model, _ = checkpoint.load_model(args.weight)
     for note in checkpoint.merge_adapters(model, args.lora_weight, args.weight.parent, metadata):
         print(note)
-    base, _, tail = args.weight.stem.partition(f"_{model.config.hidden_size}")
+    base, _, tail = args.weight.stem.rpartition(f"_{model.config.hidden_size}")
     names = "+".join(Path(part.split(":")[0]).stem for part in args.lora_weight.split(","))
     default = args.weight.with_name(f"{base}+{names}_{model.config.hidden_size}{tail}.pth")
     path = args.save_path or default

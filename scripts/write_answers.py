@@ -41,14 +41,13 @@ def parse_args(argv=None):
 
 
 def questions(path, limit: int):
-    """(row number, messages, tools) of every conversation, without its last answer."""
+    """(messages, tools) of every conversation, without its last answer."""
     from dataset.rows import iter_rows
 
-    for count, (number, row) in enumerate(iter_rows(path, "rlaif")):
+    for count, (_, row) in enumerate(iter_rows(path, "rlaif")):
         if limit and count >= limit:
             return
-        messages, tools = row["conversations"]
-        yield number, messages, tools
+        yield row["conversations"]
 
 
 def main(args):
@@ -59,36 +58,51 @@ def main(args):
     tokenizer = checkpoint.load_tokenizer()
     model, _ = checkpoint.load_model(args.weight, tokenizer)
     engine = Generator(model.to(runtime.choose_device(args.device)), args.dtype)
+    # a longer question leaves no room for an answer, and is left out
+    longest = model.config.max_position_embeddings - args.max_new_tokens
     todo = list(questions(args.data_path, args.limit))
     partial = args.out_path.with_name(f".{args.out_path.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True) if partial.exists() else []
-    lines = [line for line in lines if line.endswith("\n")]  # the last one may be torn
-    partial.write_text("".join(lines), encoding="utf-8")
+    # Only "\n" ends a line: texts may hold other ends of lines (U+2028). What follows the last one is torn.
+    lines = partial.read_text(encoding="utf-8").split("\n")[:-1] if partial.exists() else []
+    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     if lines:
         print(f"going on after {len(lines)} of {len(todo)} questions")
     begin, tokens = time.perf_counter(), 0
     with partial.open("a", encoding="utf-8") as file:
         for start in range(len(lines), len(todo), args.batch_size):
             part = todo[start : start + args.batch_size]
-            prompts = [encode_prompt(tokenizer, m, tools, bool(args.open_thinking)) for _, m, tools in part]
+            prompts = [encode_prompt(tokenizer, m, tools, bool(args.open_thinking)) for m, tools in part]
+            fits = [len(prompt) <= longest for prompt in prompts]
             settings = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed + start)
-            answers = engine.generate(prompts, tokenizer, max_new_tokens=args.max_new_tokens, **settings)
-            for (_, messages, tools), answer in zip(part, answers):
-                tokens += answer.num_tokens
-                file.write(json.dumps(as_row(messages, tools, answer), ensure_ascii=False) + "\n")
+            answers = iter(
+                engine.generate(
+                    [prompt for prompt, fit in zip(prompts, fits) if fit],
+                    tokenizer,
+                    max_new_tokens=args.max_new_tokens,
+                    **settings,
+                )
+            )
+            for (messages, tools), fit in zip(part, fits):
+                answer = next(answers) if fit else None
+                tokens += answer.num_tokens if answer else 0
+                row = as_row(messages, tools, answer) if answer else None
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             done, seconds = start + len(part), time.perf_counter() - begin
             left = seconds / (done - len(lines)) * (len(todo) - done)
             print(
                 f"{done}/{len(todo)} questions | {tokens / seconds:,.0f} tokens/s | {left / 60:.1f} min left"
             )
-    rows = [line for line in partial.read_text(encoding="utf-8").splitlines() if line != "null"]
+    lines = partial.read_text(encoding="utf-8").split("\n")[:-1]
+    rows = [line for line in lines if line != "null"]
     finished = partial.with_name(f"{partial.name}.done")
     finished.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
     os.replace(finished, args.out_path)
     partial.unlink()
-    print(f"wrote {args.out_path}: {len(rows)} answers; {len(todo) - len(rows)} did not end or were empty")
+    print(
+        f"wrote {args.out_path}: {len(rows)} answers; {len(todo) - len(rows)} did not end, were empty, or their question was too long"
+    )
     print(f"next:    python trainer/train_full_sft.py --data_path {args.out_path}")
 
 

@@ -501,11 +501,11 @@ def test_teachers_that_do_not_fit(tmp_path, capsys):
     run("teacher_32.pth has 2 layers, not 3", train, "distillation", tmp_path, "--teacher_num_layers", 3)
     base_weights(tmp_path, "other", vocab_size=6500)
     other = ["--from_teacher_weight", tmp_path / "out/other_32.pth"]
-    run("6,500 vocabulary entries, the student 6,400.*write_answers", train, "distillation", tmp_path, *other)
+    run(r"6,500 entries.*6,400 entries.*write_answers", train, "distillation", tmp_path, *other)
     path = tmp_path / "out/strange_32.pth"  # as many entries, but of another vocabulary
     checkpoint.save_weights(small_model(), path, {"tokenizer": "0123456789abcdef"})
     strange = ["--from_teacher_weight", path]
-    run("strange_32.pth was trained with vocabulary 0123", train, "distillation", tmp_path, *strange)
+    run("strange_32.pth: the teacher's vocabulary .0123", train, "distillation", tmp_path, *strange)
     path.write_bytes(path.read_bytes()[:5000])
     run("strange_32.pth is damaged", train, "distillation", tmp_path, *strange)
     assert not list(tmp_path.glob("out/full_dist*")) and not list(tmp_path.glob("checkpoints/*"))
@@ -557,3 +557,22 @@ def test_another_teacher_is_refused(tmp_path, monkeypatch, capsys):
     teacher.write_bytes(kept)
     train(*resume)
     assert path.read_bytes() != before
+
+
+def test_another_teacher_is_refused_though_its_file_says_nothing_of_itself(tmp_path, monkeypatch, capsys):
+    """MiniMind's released files have no metadata, so no checksum either."""
+
+    def write(seed):
+        state = small_model().state_dict()
+        state["model.norm.weight"] = torch.full((32,), 1.0 + seed)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        torch.save(state, tmp_path / "out/teacher_32.pth")
+
+    write(0)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train("distillation", tmp_path)
+    write(1)
+    refused(capsys, "teacher.* -> ", train, "distillation", tmp_path, "--from_resume", 1)
+    write(0)
+    train("distillation", tmp_path, "--from_resume", 1)

@@ -190,7 +190,7 @@ def test_a_transformers_folder_gives_the_same_greedy_text(monkeypatch, capsys, o
     assert native[0] == through_hf[0] == 0
     assert answers(native[1])[0] == answers(through_hf[1])[0]
     assert answers(native[1])[0][1]
-    for ours_alone in (("--use_compile", 1), ("--dtype", "int8")):
+    for ours_alone in (("--use_compile", 1), ("--dtype", "int8"), ("--lora_weight", "lora_a")):
         code, _, err = run(monkeypatch, capsys, "--load_from", folder, *flags, *ours_alone)
         assert code == 2 and " ".join(map(str, ours_alone)) in err and "transformers folder" in err
 

@@ -310,7 +310,7 @@ def load_weights(model, path: Path, tokenizer=None) -> dict:
 
     state, metadata = read_weights(path)
     config = model.config
-    tied = config.tie_word_embeddings
+    tied = config.tie_word_embeddings and hasattr(model, "lm_head")  # a reward model has no head
     if tied and "lm_head.weight" not in state and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     if tied and "lm_head.weight" in state:
@@ -436,7 +436,7 @@ def merge_adapters(model, names: str, save_dir, base: dict) -> list[str]:
 
     notes = []
     for number, part in enumerate(filter(None, names.split(","))):
-        name, _, scale = part.rpartition(":") if re.search(r":[\d.]+$", part) else (part, "", "1")
+        name, _, scale = part.rpartition(":") if re.search(r":(\d+\.?\d*|\.\d+)$", part) else (part, "", "1")
         path = find_adapter(SimpleNamespace(save_dir=save_dir), model.config, name.strip())
         notes.append(load_adapter(model, path, base, f"adapter{number}", float(scale)))
     merge_lora(model)

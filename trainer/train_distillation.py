@@ -82,8 +82,9 @@ def distillation_loss(model, batch, totals, teacher, head, teaching):
     teacher_hidden = hidden_states(teacher, batch)[0][keep].detach()
     total, figures = linear_loss_sum(hidden[keep], head, teaching, targets, teacher_hidden)
     loss, sums = total / totals["loss"], {"loss": total}
-    if len(figures):
-        sums |= dict(zip(("ce", "divergence", "teacher_entropy", "agreement"), figures))
+    # A process without an answer in this step has the same names, for which the log adds up processes.
+    figures = figures if len(figures) else total.new_zeros(4)
+    sums |= dict(zip(("ce", "divergence", "teacher_entropy", "agreement"), figures))
     if aux_loss is not None:
         loss, sums["aux_loss"] = loss + aux_loss / totals["aux_loss"], aux_loss
     return loss, sums
@@ -215,16 +216,21 @@ def load_teacher(args, config, tokenizer, rt):
     shape = SimpleNamespace(hidden_size=args.teacher_hidden_size, use_moe=bool(args.teacher_use_moe))
     path = Path(name) if name.endswith(".pth") else checkpoint.weight_path(args, shape, name)
     if not path.exists():
+        missing = f"{checkpoint.shown(path)} does not exist"
+        if not name.endswith(".pth"):  # a stage, which somebody can run
+            missing = checkpoint.missing_weight(path, name).split(", or pass")[0]
         raise checkpoint.CheckpointError(
-            checkpoint.missing_weight(path, name).split(", or pass")[0]
-            + ", or choose a teacher with --from_teacher_weight, --teacher_hidden_size, --teacher_use_moe"
+            f"{missing}, or choose a teacher with --from_teacher_weight, --teacher_hidden_size, "
+            "--teacher_use_moe"
         )
-    teacher, metadata = checkpoint.load_model(path, tokenizer)
-    if teacher.config.vocab_size != config.vocab_size:
+    teacher, metadata = checkpoint.load_model(path)
+    size, vocabulary = teacher.config.vocab_size, metadata.get("tokenizer")
+    mine = checkpoint.tokenizer_hash(tokenizer)
+    if size != config.vocab_size or vocabulary not in (None, mine):
         raise checkpoint.CheckpointError(
-            f"{checkpoint.shown(path)}: the teacher has {teacher.config.vocab_size:,} vocabulary entries, "
-            f"the student {config.vocab_size:,}; distributions over different tokens cannot be compared. "
-            "Choose another teacher, or distil its text (scripts/write_answers.py)"
+            f"{checkpoint.shown(path)}: the teacher's vocabulary ({vocabulary}, {size:,} entries) is not the "
+            f"student's ({mine}, {config.vocab_size:,}), and distributions over different tokens cannot be "
+            "compared. Choose another teacher, or distil its text (scripts/write_answers.py)"
         )
     depth = teacher.config.num_hidden_layers
     if args.teacher_num_layers not in (None, depth):
@@ -234,7 +240,8 @@ def load_teacher(args, config, tokenizer, rt):
         )
     million = sum(p.numel() for p in teacher.parameters()) / 1e6
     rt.print(f"teacher: {checkpoint.shown(path)}, {million:.2f}M parameters")
-    return teacher.requires_grad_(False).to(rt.device), metadata.get("crc32")
+    crc32 = metadata.get("crc32") or checkpoint.checksum(teacher.state_dict())  # MiniMind's files have none
+    return teacher.requires_grad_(False).to(rt.device), crc32
 
 
 def main(args):

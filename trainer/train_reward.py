@@ -38,15 +38,15 @@ def reward_loss(model, batch, totals, center):
     """What one micro-batch adds to L, and its sums for the log. totals: pairs ("loss") and micro-batches of
     the whole step."""
     rewards, aux_loss = model(batch["input_ids"], batch["position_ids"], batch["last"])
-    losses = bradley_terry_loss(rewards, center)
-    losses = losses * (batch["answers"].chunk(2)[0] > 0)  # a process without a pair has one of empty answers
+    exists = batch["answers"].chunk(2)[0] > 0  # a process without a pair has one of empty answers
+    losses = bradley_terry_loss(rewards, center) * exists
     loss = losses.sum() / totals["loss"]
     if aux_loss is not None:
         loss = loss + aux_loss / totals["aux_loss"]
     chosen, rejected = rewards.detach().chunk(2)
     sums = {"loss": losses.sum()} if aux_loss is None else {"loss": losses.sum(), "aux_loss": aux_loss}
-    sums["accuracy"] = (chosen > rejected).float().sum()
-    return loss, sums | {"reward_chosen": chosen.sum(), "reward_rejected": rejected.sum()}
+    figures = {"accuracy": (chosen > rejected).float(), "reward_chosen": chosen, "reward_rejected": rejected}
+    return loss, sums | {name: (values * exists).sum() for name, values in figures.items()}
 
 
 def calibration_error(probabilities, bins=10):
