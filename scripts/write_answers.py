@@ -100,9 +100,8 @@ def main(args):
     finished.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
     os.replace(finished, args.out_path)
     partial.unlink()
-    print(
-        f"wrote {args.out_path}: {len(rows)} answers; {len(todo) - len(rows)} did not end, were empty, or their question was too long"
-    )
+    why = "did not end, were empty, or their question was too long"
+    print(f"wrote {args.out_path}: {len(rows)} answers; {len(todo) - len(rows)} {why}")
     print(f"next:    python trainer/train_full_sft.py --data_path {args.out_path}")
 
 
