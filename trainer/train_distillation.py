@@ -227,10 +227,11 @@ def load_teacher(args, config, tokenizer, rt):
     size, vocabulary = teacher.config.vocab_size, metadata.get("tokenizer")
     mine = checkpoint.tokenizer_hash(tokenizer)
     if size != config.vocab_size or vocabulary not in (None, mine):
+        theirs = f"{vocabulary or 'unknown'}, {size:,} entries"
         raise checkpoint.CheckpointError(
-            f"{checkpoint.shown(path)}: the teacher's vocabulary ({vocabulary or 'unknown'}, {size:,} entries) is "
-            f"not the student's ({mine}, {config.vocab_size:,} entries), and distributions over different tokens "
-            "cannot be compared. Choose another teacher, or distil its text (scripts/write_answers.py)"
+            f"{checkpoint.shown(path)}: the teacher's vocabulary ({theirs}) is not the student's ({mine}, "
+            f"{config.vocab_size:,} entries), and distributions over different tokens cannot be compared. "
+            "Choose another teacher, or distil its text (scripts/write_answers.py)"
         )
     depth = teacher.config.num_hidden_layers
     if args.teacher_num_layers not in (None, depth):
