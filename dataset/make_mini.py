@@ -492,7 +492,8 @@ class Curriculum:
         """(kept, held out) ways to ask who the assistant is: of small talk, and of the forms that only the
         adapter learns from (a fifth of them held out)."""
         kept, held = self.split.chat[language, name]
-        known = {normalise(line) for line in kept + held}
+        talk = [sides for (lang, _), sides in self.split.chat.items() if lang == language]
+        known = {normalise(line) for sides in talk for side in sides for line in side}
         more = [line for line in mini_chat.identity_lines(language, name) if normalise(line) not in known]
         test = {
             line for line in more if self.split.held_class(5, "identity", language, name, normalise(line))

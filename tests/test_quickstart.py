@@ -47,7 +47,7 @@ def test_files_of_a_run_are_written(tmp_path, monkeypatch):
     """Writing the ledger once failed after ten minutes of training: nothing had called it."""
     monkeypatch.setattr(quickstart.bootstrap, "ensure", lambda requirements: None)
     monkeypatch.setattr(
-        quickstart, "run_once", lambda folder, seed: folder.mkdir(parents=True) or ledger(seed, 0.9)
+        quickstart, "run_once", lambda folder, seed, stages: folder.mkdir(parents=True) or ledger(seed, 0.9)
     )
     quickstart.main(quickstart.parse_args(["--seeds", "1,2", "--out_dir", str(tmp_path / "q")]))
     assert [x["seed"] for x in json.loads((tmp_path / "q/ledger.json").read_text(encoding="utf-8"))] == [1, 2]
