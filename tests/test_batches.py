@@ -142,10 +142,10 @@ def test_an_error_while_reading_ahead_reaches_the_loop(dataset, monkeypatch):
 
 
 def test_filling_rows_are_padding_without_targets(dataset):
-    batch = batches.collate(dataset, [3], size=4)
+    batch = dataset.collate([3], size=4)
     assert (batch["labels"][1:] == -100).all() and (batch["input_ids"][1:] == dataset.pad_id).all()
     np.testing.assert_array_equal(batch["input_ids"][0], dataset[3]["input_ids"])
-    empty = batches.collate(dataset, [], size=2)
+    empty = dataset.collate([], size=2)
     assert (empty["labels"] == -100).all() and empty["input_ids"].shape == (2, 48)
 
 

@@ -235,7 +235,7 @@ def test_a_wrong_compiled_gradient_turns_compiling_off(factor, expected, monkeyp
         MiniMindConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, residual_init="normal")
     )
 
-    def compile_blocks():
+    def compile_blocks(dynamic):
         plain = type(model.model.layers[0]).forward
 
         def run(*args):
