@@ -9,7 +9,13 @@ from data_helpers import assistant, user
 from preference_helpers import TIMED, easy_pairs, small_model
 from train_helpers import TINY, log_lines, sentence, stage_module, write_lines
 
-SAVED = {"reason": "reason", "distillation": "full_dist", "reward": "reward"}  # stage -> name of its files
+SAVED = {  # stage -> name of its files
+    "lora": "lora/lora_identity",
+    "reason": "reason",
+    "dpo": "dpo",
+    "distillation": "full_dist",
+    "reward": "reward",
+}
 MIXTURE = dict(use_moe=True, num_experts=3, moe_intermediate_size=32)  # the fields of train_helpers.MOE
 
 
@@ -47,7 +53,13 @@ def chat_rows(rows=40, seed=0) -> list[dict]:
     ]
 
 
-ROWS = {"reason": reason_rows, "distillation": chat_rows, "reward": easy_pairs}
+ROWS = {
+    "lora": chat_rows,
+    "reason": reason_rows,
+    "dpo": easy_pairs,
+    "distillation": chat_rows,
+    "reward": easy_pairs,
+}
 
 
 def base_weights(folder, name="full_sft", seed=None, **more) -> Path:

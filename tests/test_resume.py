@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import stage_helpers
 import torch
 from train_helpers import MOE, REPO, assert_bit_equal, flags, log_lines, stop_after, train, weights
 
@@ -15,7 +16,7 @@ STEPS = 12
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
-from train_helpers import train
+from {helpers} import train
 from trainer import checkpoint, runtime
 
 def kill_in(module, name, at_call):
@@ -32,11 +33,12 @@ train({stage!r}, {folder!r}, *{more!r}, steps={steps})
 """
 
 
-def train_and_kill(stage, folder, more, target, at_call):
+def train_and_kill(stage, folder, more, target, at_call, helpers="train_helpers"):
     """A real process that kill -9s itself in the middle of the given call."""
     module, name = target.split(".")
     code = KILLED.format(
         tests=str(REPO / "tests"),
+        helpers=helpers,
         target=module,
         name=name,
         at_call=at_call,
@@ -82,6 +84,20 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(tmp_path, stag
     train(stage, tmp_path / "broken", *more, "--from_resume", 1, steps=STEPS)
     assert_bit_equal(weights(tmp_path / "whole", name), weights(tmp_path / "broken", name))
     assert values(tmp_path / "whole", stage) == values(tmp_path / "broken", stage)
+
+
+@pytest.mark.parametrize("stage", sorted(stage_helpers.SAVED))
+def test_a_later_stage_killed_and_resumed_equals_uninterrupted(tmp_path, stage):
+    more = ["--dropout", 0.1, "--accumulation_steps", 2]
+    if stage == "distillation":
+        more += ["--on_policy", 0.5, "--max_gen_len", 8]
+    name = f"{stage_helpers.SAVED[stage]}_32.pth"
+    stage_helpers.train(stage, tmp_path / "whole", *more, steps=STEPS)
+    at = random.randint(4, STEPS)
+    print(f"killed in step {at}")
+    train_and_kill(stage, tmp_path / "broken", more, "runtime.optimizer_step", at, "stage_helpers")
+    stage_helpers.train(stage, tmp_path / "broken", *more, "--from_resume", 1, steps=STEPS)
+    assert_bit_equal(weights(tmp_path / "whole", name), weights(tmp_path / "broken", name))
 
 
 @pytest.mark.parametrize("target", ["checkpoint.os", "checkpoint.torch"])
