@@ -95,7 +95,11 @@ def run_ours(args, name, number) -> dict:
     command += ["--data_path", args.prepared["data"], "--from_weight", "base", "--save_weight", "bench"]
     command += ["--save_dir", folder, "--checkpoint_dir", folder / "checkpoints", "--save_interval", 0]
     command += ["--val_fraction", 0, "--val_interval", 0, "--tax_path", "none", "--use_compile", 0]
-    command += ["--max_seq_len", args.max_seq_len, "--batch_size", args.batch_size]
+    at_once = args.batch_size
+    if args.task == "lora":  # as many rows in memory as the packed peer has
+        at_once = max(n for n in range(1, args.packed_rows + 1) if args.batch_size % n == 0)
+    command += ["--max_seq_len", args.max_seq_len, "--batch_size", at_once]
+    command += ["--accumulation_steps", args.batch_size // at_once]
     command += ["--max_steps", args.steps, "--log_interval", 1, "--seed", args.seed]
     command += ["--num_threads", args.threads, "--device", "cpu", *bench.ours_shape_flags(args)]
     if args.task == "lora":
@@ -468,7 +472,14 @@ def add_flags(parser, stage):
             "most examples of a peer in memory at once; without it --batch_size",
         ),
         *(
-            [("packed_rows", positive_int, 1, "of peft_packed at once: it makes one long sequence of them")]
+            [
+                (
+                    "packed_rows",
+                    positive_int,
+                    1,
+                    "of ours and peft_packed at once; it makes one long sequence of them",
+                )
+            ]
             if stage == "lora"
             else []
         ),

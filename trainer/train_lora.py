@@ -36,7 +36,7 @@ def parse_args(argv=None):
         optimizer="adamw",
         learning_rate=1e-3,
         weight_decay=0.0,
-        batch_size=16,
+        batch_size=4,  # a packed row holds several conversations
         default_data="dataset/<lora_name>.jsonl, else the embedded curriculum's file of that name",
     )
     g = parser.add_argument_group("adapter")
