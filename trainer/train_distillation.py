@@ -93,8 +93,6 @@ def distillation_loss(model, batch, totals, teacher, head, teaching):
 def sample_answers(model, micro_batches, step, args, rt, pad_id):
     """The same prompts with the student's own answers: micro-batches whose labels are what it sampled, at
     temperature 1, up to --max_gen_len tokens. A function of (weights, seed, step, rank)."""
-    import torch
-
     from model.generation import Generator
     from trainer import batches, runtime
 
@@ -112,8 +110,6 @@ def sample_answers(model, micro_batches, step, args, rt, pad_id):
         own.num_targets += int((new["labels"][:, 1:] != batches.IGNORE).sum())
         own.num_tokens += int((new["input_ids"] != pad_id).sum())
         own.append({name: tensor.to(rt.device) for name, tensor in new.items()})
-    del engine
-    torch.manual_seed(runtime.mix_seed(args.seed, step, rt.rank))  # as if nothing had been drawn
     return own
 
 
@@ -129,35 +125,14 @@ def parse_args(argv=None):
         muon_lr=2.5e-3,
         default_data="dataset/sft_t2t_mini.jsonl or sft_mini_512.jsonl, else the embedded curriculum",
     )
-    hidden = dict(default=argparse.SUPPRESS)  # another name of a flag must not bring a default of its own
     g = parser.add_argument_group("teacher and student (the student's flags are those of the model above)")
-    g.add_argument(
-        "--student_hidden_size",
-        dest="hidden_size",
-        type=cli.positive_int,
-        metavar="N",
-        help="its width",
-        **hidden,
-    )
-    g.add_argument(
-        "--student_num_layers",
-        dest="num_hidden_layers",
-        type=cli.positive_int,
-        metavar="N",
-        help="its depth",
-        **hidden,
-    )
-    g.add_argument(
-        "--student_use_moe", dest="use_moe", type=cli.switch, metavar="0|1", help="1 = a mixture", **hidden
-    )
-    g.add_argument(
-        "--from_student_weight",
-        dest="from_weight",
-        type=cli.plain_name,
-        metavar="NAME",
-        help="--from_weight",
-        **hidden,
-    )
+    for name, flag, kind in (
+        ("--student_hidden_size", "hidden_size", cli.positive_int),
+        ("--student_num_layers", "num_hidden_layers", cli.positive_int),
+        ("--student_use_moe", "use_moe", cli.switch),
+        ("--from_student_weight", "from_weight", cli.plain_name),
+    ):  # another name of a flag must not bring a default of its own
+        g.add_argument(name, dest=flag, type=kind, metavar="X", default=argparse.SUPPRESS, help=f"= --{flag}")
     g.add_argument(
         "--from_teacher_weight",
         default="full_sft",
