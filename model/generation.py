@@ -28,7 +28,7 @@ import hashlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -67,8 +67,8 @@ class Sampling:
             1 = off.
         penalize_prompt: the prompt's tokens count as seen.
         num_return_sequences: answers per prompt.
-        seed: int, or None = drawn from torch's generator. A row's draws depend on (seed, prompt, number of
-            the sample) only, not on its neighbours in the batch.
+        seed: int, or one per prompt, or None = drawn from torch's generator. A row's draws depend on (seed,
+            prompt, number of the sample) only, not on its neighbours in the batch.
         eos_token_ids: tokens that end an answer (kept in `ids`); None = those of the model's configuration.
         ignore_eos: never end at such a token.
         stop_token_ids: more tokens that end an answer, with finish reason "stop".
@@ -83,7 +83,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     penalize_prompt: bool = True
     num_return_sequences: int = 1
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None
     eos_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
@@ -264,16 +264,21 @@ def uniforms(seeds: torch.Tensor, start: int, count: int) -> torch.Tensor:
 
 
 def row_seeds(prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-    """One 63-bit seed per answer from (seed, prompt, number of the answer). A prompt given twice counts on,
-    so that its answers differ as those of `num_return_sequences` do."""
-    seed = sampling.seed
-    if seed is None:
-        seed = int(torch.randint(1 << 62, ()))
+    """One 63-bit seed per answer from (seed, prompt, number of the answer). A prompt given twice with one
+    seed counts on, so that its answers differ as those of `num_return_sequences` do. Raises ValueError when
+    there are seeds, but not one per prompt."""
+    seeds = sampling.seed
+    if seeds is None:
+        seeds = int(torch.randint(1 << 62, ()))
+    if isinstance(seeds, int):
+        seeds = [seeds] * len(prompts)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seed has {len(seeds)} numbers for {len(prompts)} prompts: give one, or one each")
     N, seen, result = sampling.num_return_sequences, Counter(), []
-    for prompt in prompts:
+    for seed, prompt in zip(seeds, prompts):
         digest = hashlib.blake2b(f"{seed}:{','.join(map(str, prompt))}".encode(), digest_size=8)
-        first = seen[tuple(prompt)]
-        seen[tuple(prompt)] += N
+        first = seen[seed, tuple(prompt)]
+        seen[seed, tuple(prompt)] += N
         row = []
         for j in range(first, first + N):
             one = digest.copy()

@@ -147,7 +147,7 @@ def check_stacking(layer: nn.Linear, name: str, config: LoRAConfig):
     """Raises ValueError where an adapter cannot join those that the layer has."""
     there = list(getattr(layer, "lora", {}).values())
     if there and (config.dora or any(adapter.m is not None for adapter in there)):
-        raise ValueError(f"{name}: an adapter with DoRA rescales the whole matrix and cannot be stacked")
+        raise ValueError(f"{name}: an adapter with DoRA rescales the whole matrix, so it cannot be stacked")
 
 
 def attach(model: nn.Module, name: str, config: LoRAConfig, adapter_name: str) -> Adapter:
@@ -212,7 +212,10 @@ def apply_lora(model, state: dict, config: LoRAConfig, adapter_name: str = "defa
     layers = linear_layers(model)
     for layer, tensors in parts.items():
         if layer not in layers:
-            raise ValueError(f"the adapter changes {layer}, which this model does not have")
+            raise ValueError(
+                f"the adapter changes {layer}, which this model does not have: use it with the base it was "
+                "trained on"
+            )
         wanted = {
             "A": (config.rank, layers[layer].in_features),
             "B": (layers[layer].out_features, config.rank),
@@ -221,7 +224,10 @@ def apply_lora(model, state: dict, config: LoRAConfig, adapter_name: str = "defa
             wanted["m"] = (layers[layer].out_features,)
         shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
         if shapes != wanted:
-            raise ValueError(f"the adapter of {layer} has the shapes {shapes}, this model wants {wanted}")
+            raise ValueError(
+                f"the adapter of {layer} has the shapes {shapes}, this model wants {wanted}: use it with the "
+                "base it was trained on"
+            )
     for layer in parts:
         check_stacking(layers[layer], layer, config)
     for layer, tensors in parts.items():

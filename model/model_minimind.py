@@ -601,7 +601,8 @@ class LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_hidden = (grad_hidden * grad_total).to(grad_hidden.dtype)
+        # In float32: beside a bfloat16 tensor a single number would be rounded to bfloat16 too.
+        grad_hidden = (grad_hidden.float() * grad_total).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None

@@ -22,7 +22,7 @@ from scripts import bench_contenders
 KINDS = {"lora": "sft", "dpo": "dpo"}  # stage -> kind of row it reads
 ALPHA = 16  # of both sides' adapters; the stage's default
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RATES = {"lora": 2e-3, "dpo": 5e-6}  # the stages' defaults; nothing here depends on them
+RATES = {"lora": 1e-3, "dpo": 5e-6}  # the stages' defaults; nothing here depends on them
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
 
 
 def parse_args(argv=None):
+    from trainer.cli import count, fraction, non_negative_float, positive_int
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -28,16 +30,19 @@ def parse_args(argv=None):
     add("--weight", type=Path, required=True, metavar="FILE", help="the teacher, out/full_sft_768.pth")
     add("--data_path", required=True, metavar="FILE", help="questions: .jsonl, .json or .parquet")
     add("--out_path", type=Path, required=True, metavar="FILE", help="where to write")
-    add("--max_new_tokens", type=int, default=512, help="longest answer (default: 512)")
-    add("--temperature", type=float, default=0.7, help="0 = always the likeliest token (default: 0.7)")
-    add("--top_p", type=float, default=0.95, help="(default: 0.95)")
+    add("--max_new_tokens", type=positive_int, default=512, help="longest answer (default: 512)")
+    add("--temperature", type=non_negative_float, default=0.7, help="0 = the likeliest token (default: 0.7)")
+    add("--top_p", type=fraction, default=0.95, help="share of the likeliest tokens (default: 0.95)")
     add("--open_thinking", type=int, choices=(0, 1), default=0, help="1 = think first (default: 0)")
-    add("--batch_size", type=int, default=32, help="questions at a time (default: 32)")
-    add("--limit", type=int, default=0, help="only so many questions, 0 = all (default: 0)")
+    add("--batch_size", type=positive_int, default=32, help="questions at a time (default: 32)")
+    add("--limit", type=count, default=0, help="only so many questions, 0 = all (default: 0)")
     add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     add("--dtype", default="auto", help="of the answers (default: auto)")
-    add("--seed", type=int, default=42, help="of the draws (default: 42)")
-    return parser.parse_args(argv)
+    add("--seed", type=count, default=42, help="of the draws (default: 42)")
+    args = parser.parse_args(argv)
+    if not args.top_p:
+        parser.error("--top_p must be above 0: 1 = all tokens")
+    return args
 
 
 def questions(path, limit: int):
@@ -56,16 +61,15 @@ def main(args):
     from trainer import checkpoint, runtime
 
     tokenizer = checkpoint.load_tokenizer()
-    model, _ = checkpoint.load_model(args.weight, tokenizer)
+    model, metadata = checkpoint.load_model(args.weight, tokenizer)
     engine = Generator(model.to(runtime.choose_device(args.device)), args.dtype)
     # a longer question leaves no room for an answer, and is left out
     longest = model.config.max_position_embeddings - args.max_new_tokens
     todo = list(questions(args.data_path, args.limit))
     partial = args.out_path.with_name(f".{args.out_path.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    # Only "\n" ends a line: texts may hold other ends of lines (U+2028). What follows the last one is torn.
-    lines = partial.read_text(encoding="utf-8").split("\n")[:-1] if partial.exists() else []
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("out_path", "batch_size", "device")}
+    lines = gone_on_with(partial, settings | {"crc32 of the weights": str(metadata.get("crc32"))})
     if lines:
         print(f"going on after {len(lines)} of {len(todo)} questions")
     begin, tokens = time.perf_counter(), 0
@@ -74,13 +78,13 @@ def main(args):
             part = todo[start : start + args.batch_size]
             prompts = [encode_prompt(tokenizer, m, tools, bool(args.open_thinking)) for m, tools in part]
             fits = [len(prompt) <= longest for prompt in prompts]
-            settings = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed + start)
+            draws = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
             answers = iter(
                 engine.generate(
                     [prompt for prompt, fit in zip(prompts, fits) if fit],
                     tokenizer,
                     max_new_tokens=args.max_new_tokens,
-                    **settings,
+                    **draws,
                 )
             )
             for (messages, tools), fit in zip(part, fits):
@@ -94,8 +98,7 @@ def main(args):
             print(
                 f"{done}/{len(todo)} questions | {tokens / seconds:,.0f} tokens/s | {left / 60:.1f} min left"
             )
-    lines = partial.read_text(encoding="utf-8").split("\n")[:-1]
-    rows = [line for line in lines if line != "null"]
+    rows = [line for line in whole_lines(partial)[1:] if line != "null"]
     finished = partial.with_name(f"{partial.name}.done")
     finished.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
     os.replace(finished, args.out_path)
@@ -103,6 +106,31 @@ def main(args):
     why = "did not end, were empty, or their question was too long"
     print(f"wrote {args.out_path}: {len(rows)} answers; {len(todo) - len(rows)} {why}")
     print(f"next:    python trainer/train_full_sft.py --data_path {args.out_path}")
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Only "\\n" ends a line: texts may hold other ends of lines (U+2028). What follows the last one is
+    torn, perhaps inside a character."""
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return whole.decode("utf-8").split("\n") if whole else []
+
+
+def gone_on_with(partial: Path, settings: dict) -> list[str]:
+    """The answers that an interrupted run left; its first line holds the settings it was started with. Raises
+    CheckpointError when they were others: two teachers would be mixed. Leaves a file that can be added to."""
+    from trainer.checkpoint import CheckpointError
+
+    header, *lines = whole_lines(partial) if partial.exists() else [json.dumps(settings)]
+    before = json.loads(header)
+    changed = [name for name in settings if before.get(name) != settings[name]]
+    if changed:
+        sides = ", ".join(f"{name} {before.get(name)} -> {settings[name]}" for name in changed)
+        raise CheckpointError(
+            f"{partial} was begun with other settings ({sides}): repeat them to go on with it, or delete it "
+            "to begin anew"
+        )
+    partial.write_text("".join(line + "\n" for line in [header, *lines]), encoding="utf-8", newline="\n")
+    return lines
 
 
 def as_row(messages: list, tools, answer) -> dict | None:

@@ -119,7 +119,7 @@ def lines(folder, stage) -> list[dict]:
     """The log without events and times."""
     return [
         {key: value for key, value in line.items() if key not in TIMED}
-        for line in log_lines(folder, SAVED[stage])
+        for line in log_lines(folder, Path(SAVED[stage]).name)
         if "event" not in line
     ]
 

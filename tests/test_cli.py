@@ -9,15 +9,22 @@ from train_helpers import REPO, stage_module
 
 from trainer import cli
 
-STAGES = ["pretrain", "full_sft"]
+STAGES = ["pretrain", "full_sft", "lora", "reason", "dpo", "distillation", "reward"]
 
-# MiniMind's flags of these two scripts, old and new spellings; what it declared but never read is left out.
+# MiniMind's flags of all its scripts, old and new spellings; what it declared but never read is left out.
 MINIMIND_FLAGS = """
     --out_dir --save_dir --save_weight --epochs --batch_size --learning_rate --device --dtype
     --num_workers --accumulation_steps --grad_clip --warmup_iters --log_interval --save_interval
     --hidden_size --num_hidden_layers --max_seq_len --use_moe --data_path --from_weight
     --from_resume --use_wandb --wandb_project --use_compile
 """.split()
+OF_A_STAGE = {
+    "lora": "--lora_name",
+    "dpo": "--beta",
+    "distillation": """--alpha --temperature --student_hidden_size --student_num_layers --student_use_moe
+        --teacher_hidden_size --teacher_num_layers --teacher_use_moe --from_student_weight
+        --from_teacher_weight""",
+}
 
 
 def parser_of(stage):
@@ -35,7 +42,7 @@ def parser_of(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_flag_of_minimind_is_known(stage):
     known = {name for action in parser_of(stage)._actions for name in action.option_strings}
-    assert set(MINIMIND_FLAGS) <= known
+    assert {*MINIMIND_FLAGS, *OF_A_STAGE.get(stage, "").split()} <= known
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -127,7 +128,7 @@ def test_the_mix_with_cross_entropy_by_hand(alpha, temperature):
     student, teacher = torch.cat([STUDENT, 2 * TEACHER]), torch.cat([TEACHER, TEACHER])
     targets = torch.tensor([2, 0])
     settings = dict(alpha=alpha, kind="forward", temperature=temperature, jsd_beta=0.5)
-    loss, figures = teaching_loss(student, targets, teacher, torch.eye(3), **settings)
+    loss, figures = teaching_loss(student, targets, teacher, torch.eye(3, dtype=torch.float64), **settings)
     p = [math.exp(x) / sum(map(math.exp, (2, 1, 0))) for x in (2, 1, 0)]
     entropy = -2 * sum(x * math.log(x) for x in p)
     ce = math.log(2 * math.e + 1) + math.log(math.exp(4) + math.exp(2) + 1) - 4
@@ -137,7 +138,9 @@ def test_the_mix_with_cross_entropy_by_hand(alpha, temperature):
     assert loss.item() == pytest.approx(alpha * ce + (1 - alpha) * temperature**2 * divergence)
     assert figures.tolist() == pytest.approx([ce, divergence, entropy, 2.0])
     other = torch.tensor([[0.0, 1.0, 0.0]] * 2, dtype=torch.float64)
-    assert teaching_loss(other, targets, teacher, torch.eye(3), **settings)[1][3] == 0, "no agreement"
+    assert teaching_loss(other, targets, teacher, torch.eye(3, dtype=torch.float64), **settings)[1][3] == 0, (
+        "no agreement"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def micro_batch():
 
 
 def loss_of(student, teacher, batch, **settings):
-    teaching = functools.partial(teaching_loss, teacher_head=teacher.lm_head.weight, **(SETTINGS | settings))
+    teaching = functools.partial(teaching_loss, **(SETTINGS | settings))
     return distillation_loss(
         student, batch, {"loss": 30, "aux_loss": 1}, teacher, student.lm_head.weight, teaching
     )
@@ -252,9 +255,9 @@ def test_prompts_of_packed_rows_by_hand():
         "labels": torch.tensor([[x, x, 7, x, 9, x, x, 3, x, x], [x, x, x, x, 2, x, x, x, x, x]]),
         "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 0, 1, 0, 1, 2]]),
     }
-    assert batches.first_prompts(batch, 0) == [[5, 6], [5, 4], [5, 1, 1, 2]]
+    assert batches.first_prompts(batch) == [[[5, 6], [5, 4]], [[5, 1, 1, 2]]]
     batch["labels"].fill_(x)
-    assert batches.first_prompts(batch, 0) == []
+    assert batches.first_prompts(batch) == [[], []]
 
 
 def test_rows_of_sequences_by_hand():
@@ -347,6 +350,29 @@ def test_samples_are_a_function_of_seed_and_step_and_disturb_no_other_draw():
     assert not first[0]["labels"].equal(other[0]["labels"])
     rt.seed_step(9)
     assert torch.rand(3).equal(drawn), "dropout of such a step is that of any other"
+
+
+def test_samples_do_not_depend_on_how_rows_are_shared():
+    """Both rows in one micro-batch, in one each, or in two processes: the same answers."""
+    model, batch = small_model(), micro_batch()
+    args = SimpleNamespace(max_seq_len=64, max_gen_len=6, seed=42)
+    rt = runtime.Runtime(torch.device("cpu"), torch.float32, seed=42)
+
+    def answers(micro_batches, rows):
+        given = batches.StepBatches(micro_batches)
+        given.rows, given.num_rows = rows, len(rows)
+        own = train_distillation.sample_answers(model, given, 9, args, rt, 0)
+        labels = [label for new in own for label in new["labels"].flatten().tolist()]
+        runs = itertools.groupby(labels, key=lambda label: label != -100)
+        return sorted(tuple(run) for is_answer, run in runs if is_answer)
+
+    first, second = ({name: t[row : row + 1] for name, t in batch.items()} for row in (0, 1))
+    together = answers([batch], [3, 4])
+    assert len(set(together)) == 3
+    assert (
+        together == answers([first, second], [3, 4]) == sorted(answers([first], [3]) + answers([second], [4]))
+    )
+    assert answers([first], [3]) != answers([first], [5]), "another row of the data draws anew"
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -607,6 +607,25 @@ def test_the_head_of_a_model_with_tied_embeddings_is_refused_and_another_is_adap
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_gradients_are_those_of_the_merged_matrices(base):
+    """With G the gradient of W' = W + s B A: s B^T G for A, and s G A^T for B; in every expert too."""
+    model = adapted(base_model(base))
+    merged = copy.deepcopy(model)
+    merge_lora(merged)
+    merged.requires_grad_(True)
+    for each in (model, merged):
+        out = each(tokens(), labels=tokens())
+        (out.loss if out.aux_loss is None else out.loss + out.aux_loss).backward()
+    expected = {name: p.grad for name, p in merged.named_parameters()}
+    found = adapters(model)
+    assert base == "dense" or any(".experts." in name for name in found)
+    for name, adapter in found.items():
+        G = expected[name.removesuffix(".lora.default") + ".weight"]
+        for mine, exact in ((adapter.A, adapter.B.T @ G), (adapter.B, G @ adapter.A.T)):
+            assert (mine.grad - adapter.scale * exact).norm() < 1e-4 * mine.grad.norm(), name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_router_of_a_mixture_can_learn(kind):
     plain = base_model("moe")
@@ -1013,7 +1032,7 @@ def test_an_adapted_head_is_as_exact_as_the_head_was():
 @needs_compiler
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_run_gives_the_numbers_of_an_uncompiled_one(tmp_path, kind):
-    more = {"lora": [], "rslora": ["--use_rslora", 1], "dora": ["--use_dora", 1]}[kind]
+    more = {"lora": MOE, "rslora": ["--use_rslora", 1], "dora": ["--use_dora", 1]}[kind]
     for compiled in (0, 1):
         run(tmp_path / str(compiled), *more, "--use_compile", compiled, "--log_interval", 1)
     plain, compiled = (values(tmp_path / name) for name in "01")

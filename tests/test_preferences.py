@@ -379,7 +379,7 @@ def test_a_micro_batch_without_pairs_has_no_loss_but_a_gradient(folder, moe, los
     """A process without a pair must meet the others in the backward pass, and must add nothing."""
     import functools
 
-    from trainer.train_dpo import dpo_loss, preference_loss
+    from trainer.train_dpo import diagnostics, dpo_loss, preference_loss
 
     pairs = load(folder)[0]
     pairs.reference = -torch.arange(44.0)
@@ -390,7 +390,8 @@ def test_a_micro_batch_without_pairs_has_no_loss_but_a_gradient(folder, moe, los
     pair_loss = functools.partial(preference_loss, beta=0.1, loss_type=loss_type)
     totals = {"loss": 3, "chosen_tokens": 20, "aux_loss": 2}
     head = model.lm_head.weight
-    loss, sums = dpo_loss(model, batch, totals, head, pair_loss, beta=0.1, sft_weight=0.5)
+    figures = functools.partial(diagnostics, beta=0.1)
+    loss, sums = dpo_loss(model, batch, totals, head, pair_loss, figures, sft_weight=0.5)
     assert loss.detach() == 0 and all(value.detach() == 0 for value in sums.values())
     loss.backward()
     reached = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -310,7 +310,8 @@ def test_small_updates_are_not_lost_in_the_files(tmp_path):
     tiny = ["--from_weight", "pretrain", "--optimizer", "adamw", "--learning_rate", 1e-8, "--weight_decay", 0]
     train("full_sft", tmp_path, *tiny, steps=20)
     after = weights(tmp_path, "full_sft_32.pth")["model.layers.0.self_attn.q_proj.weight"]
-    assert (after != before).float().mean() > 0.5 and after.half().equal(before.half()) is not None
+    assert (after != before).float().mean() > 0.5
+    assert (after.half() != before.half()).float().mean() < 0.05, "so small that half precision loses it"
     content = torch.load(tmp_path / "checkpoints/full_sft_32_resume.pth", weights_only=True)
     assert {t.dtype for t in content["model"].values()} == {torch.float32}
 

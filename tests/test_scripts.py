@@ -171,8 +171,10 @@ def test_an_interrupted_file_is_gone_on_with(tmp_path, weight, monkeypatch, caps
     assert stop.value.code == 130 and not (tmp_path / "to.jsonl").exists()
     (partial,) = tmp_path.glob(".to.jsonl*")
     lines = partial.read_text(encoding="utf-8")
-    assert lines.count("\n") == 4
-    partial.write_text(lines + '{"conversations": [{"ro', encoding="utf-8")
+    assert lines.count("\n") == 1 + 4, "a line of settings, and the answers"
+    partial.write_bytes(lines.encode() + '{"conversations": [{"content": "天'.encode()[:-1])
+    refused(capsys, "temperature 0.7 -> 0.2.*delete it", answers_of, tmp_path, weight, "--temperature", 0.2)
+    assert partial.read_bytes().startswith(lines.encode())
     capsys.readouterr()
     asked = scripted(monkeypatch, reply)
     found = answers_of(tmp_path, weight)

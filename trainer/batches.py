@@ -215,16 +215,17 @@ def validation_batches(dataset, args, rt):
 # --------------------------------------------------------------------------------------------------
 
 
-def first_prompts(batch: dict, pad_id: int) -> list[list[int]]:
-    """The prompts of a packed micro-batch: of every conversation in it, the tokens before its first
-    answer."""
+def first_prompts(batch: dict) -> list[list[list[int]]]:
+    """The prompts of each row of a packed micro-batch: of every conversation in it, the tokens before its
+    first answer."""
     prompts = []
     for ids, labels, positions in zip(*(batch[n].tolist() for n in ("input_ids", "labels", "position_ids"))):
+        prompts.append([])
         starts = [i for i, position in enumerate(positions) if position == 0]
         for start, end in zip(starts, [*starts[1:], len(ids)]):
             answer = next((i for i in range(start, end) if labels[i] != IGNORE), None)
             if answer is not None:
-                prompts.append(ids[start:answer])
+                prompts[-1].append(ids[start:answer])
     return prompts
 
 
@@ -287,12 +288,14 @@ TAX_ROWS = 256  # of an earlier stage's held-out data: enough to see it forgotte
 
 def load_tax(path, tokenizer, args, rt):
     """The held-out conversations of an earlier stage, by which the alignment tax is measured: --tax_path, or
-    what lies beside the embedded curriculum's file `path`; None when there is neither."""
+    what lies beside the embedded curriculum's file `path`, unless --val_path is that; None when there is
+    neither."""
     from dataset.lm_dataset import load_sft
     from trainer import runtime
 
-    beside = Path(path).parent / "sft_heldout.jsonl"
-    chosen = args.tax_path or (str(beside) if beside.exists() else None)
+    beside = Path(path.split(",")[0]).parent / "sft_heldout.jsonl"
+    known = args.val_path and Path(args.val_path).resolve() == beside.resolve()
+    chosen = args.tax_path or (str(beside) if beside.exists() and not known else None)
     if chosen in (None, "none"):
         return None
     options = {"cache_dir": args.cache_dir, "num_workers": args.num_workers}

@@ -417,7 +417,7 @@ def load_adapter(model, path: Path, base: dict, name: str = "default", scale: fl
     try:
         apply_lora(model, state, lora_config, name, scale)
     except ValueError as error:
-        raise CheckpointError(f"{shown(path)}: {error}; use it with the base it was trained on") from None
+        raise CheckpointError(f"{shown(path)}: {error}") from None
     parent = metadata.get("parent") or {}
     if parent.get("crc32") not in (None, base.get("crc32")):
         return (
@@ -434,9 +434,17 @@ def merge_adapters(model, names: str, save_dir, base: dict) -> list[str]:
 
     from model.model_lora import merge_lora
 
-    notes = []
-    for number, part in enumerate(filter(None, names.split(","))):
-        name, _, scale = part.rpartition(":") if re.search(r":(\d+\.?\d*|\.\d+)$", part) else (part, "", "1")
+    notes, parts = [], [part.strip() for part in names.split(",") if part.strip()]
+    if not parts:
+        raise CheckpointError(f"--lora_weight {names!r} names no adapter: give a name, or NAME:0.5 for half")
+    for number, part in enumerate(parts):
+        name, colon, scale = part.rpartition(":")
+        if not colon or re.search(r"[\\/]", scale):  # C:\\adapters\\mine.pth
+            name, scale = part, "1"
+        if not re.fullmatch(r"\d+\.?\d*|\.\d+", scale):
+            raise CheckpointError(
+                f"--lora_weight {part}: {scale!r} is no strength; write a number of at least 0, {name}:0.5"
+            )
         path = find_adapter(SimpleNamespace(save_dir=save_dir), model.config, name.strip())
         notes.append(load_adapter(model, path, base, f"adapter{number}", float(scale)))
     merge_lora(model)
@@ -586,6 +594,10 @@ def load_reward_model(path: Path, tokenizer=None):
     if "score.weight" not in state:
         raise CheckpointError(
             f"{shown(path)} is no reward model (score.weight is missing): trainer/train_reward.py trains one"
+        )
+    if "config" not in metadata:
+        raise CheckpointError(
+            f"{shown(path)} does not say which architecture it has: only files of trainer/train_reward.py do"
         )
     model = RewardModel(MiniMindConfig(**metadata["config"]))
     return model.eval(), load_weights(model, path, tokenizer)

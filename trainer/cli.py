@@ -657,15 +657,21 @@ def build_optimizers(model, args, rt) -> list:
     )
 
 
-def find_data(args, names, mini: str) -> str:
+def find_data(args, names, mini: str | None) -> str:
     """--data_path, or the first of the public files `names` that lies in dataset/, or the embedded
-    curriculum's file `mini`, which is written on demand. Says what it chose when it chose."""
+    curriculum's file `mini`, which is written on demand. Says what it chose when it chose. Raises DataError
+    when there is nothing to choose."""
     if args.data_path:
         return args.data_path
     folder = ROOT / "dataset"
     for name in names:
         if (folder / name).exists():
             return str(folder / name)
+    if mini is None:
+        from dataset.rows import DataError
+
+        looked = " or ".join(f"dataset/{name}" for name in names)
+        raise DataError(f"no data: give a file with --data_path (there is no {looked})")
     path = folder / "mini" / mini
     if not path.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
         from dataset import make_mini

@@ -127,7 +127,8 @@ class LinearLossSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, _):
         grad_hidden, grad_weight = ctx.saved_tensors
-        by_hidden = (grad_hidden * grad_total).to(grad_hidden.dtype)
+        # In float32: beside a bfloat16 tensor a single number would be rounded to bfloat16 too.
+        by_hidden = (full_precision(grad_hidden) * grad_total).to(grad_hidden.dtype)
         by_weight = None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype)
         return by_hidden, by_weight, None, *[None] * ctx.num_rows
 

@@ -83,7 +83,7 @@ class Run:
         must fit any."""
         args, rt = self.args, self.rt
         seconds = batches.expected_seconds(model, args, rt, self.train)
-        first = None if dynamic else functools.partial(batches.first_micro_batch, self.train, args, rt)
+        first = functools.partial(batches.first_micro_batch, self.train, args, rt)
         model, args.use_compile = runtime.maybe_compile(model, args.use_compile, rt, seconds, first, dynamic)
         model = runtime.wrap(model, rt)
         return model, cli.build_optimizers(model, args, rt)

@@ -512,7 +512,7 @@ def why_gradients_differ(model, batch: dict, rt: Runtime) -> str | None:
     for stance in ("force_eager", "default"):
         with torch.compiler.set_stance(stance):
             with rt.autocast():
-                loss = model(**batch, return_logits=False).loss
+                loss = trial_loss(model, batch)
             loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         model.zero_grad(set_to_none=True)
@@ -525,6 +525,16 @@ def why_gradients_differ(model, batch: dict, rt: Runtime) -> str | None:
         f"compiled, this torch gives loss {compiled_loss:.4g} and gradient norm {compiled_norm:.4g} where "
         f"uncompiled it gives {loss:.4g} and {norm:.4g}"
     )
+
+
+def trial_loss(model, batch: dict) -> torch.Tensor:
+    """Something to differentiate in every model that has `compile_blocks`: of a language model its loss, of
+    others (a fresh reward model rates everything 0) a function of the blocks' output."""
+    if hasattr(model, "lm_head"):
+        names = ("input_ids", "labels", "position_ids")
+        return model(**{n: batch[n] for n in names if n in batch}, return_logits=False).loss
+    hidden = model.model(batch["input_ids"], position_ids=batch["position_ids"])[0]
+    return torch.nn.functional.softplus(hidden.float()).mean()
 
 
 def why_not_compile(device: torch.device) -> str | None:

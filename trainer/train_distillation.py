@@ -60,7 +60,7 @@ def teaching_loss(logits, targets, teacher_hidden, teacher_head, alpha, kind, te
     import torch
     import torch.nn.functional as F
 
-    teacher_logits = (teacher_hidden @ teacher_head.to(teacher_hidden.dtype).T).to(logits.dtype)
+    teacher_logits = (teacher_hidden @ teacher_head.T).to(logits.dtype)
     divergence = divergence_loss(logits, teacher_logits, kind, temperature, jsd_beta)
     ce = F.cross_entropy(logits, targets, reduction="none")
     loss = (alpha * ce + (1 - alpha) * temperature**2 * divergence).sum()
@@ -80,6 +80,7 @@ def distillation_loss(model, batch, totals, teacher, head, teaching):
     # The teacher is frozen, so nothing is kept for a gradient; and it computes as the student does, rounding
     # included: a student that equals its teacher must find no difference.
     teacher_hidden = hidden_states(teacher, batch)[0][keep].detach()
+    teaching = functools.partial(teaching, teacher_head=teacher.lm_head.weight.to(teacher_hidden.dtype))
     total, figures = linear_loss_sum(hidden[keep], head, teaching, targets, teacher_hidden)
     loss, sums = total / totals["loss"], {"loss": total}
     # A process without an answer in this step has the same names, for which the log adds up processes.
@@ -92,19 +93,24 @@ def distillation_loss(model, batch, totals, teacher, head, teaching):
 
 def sample_answers(model, micro_batches, step, args, rt, pad_id):
     """The same prompts with the student's own answers: micro-batches whose labels are what it sampled, at
-    temperature 1, up to --max_gen_len tokens. A function of (weights, seed, step, rank)."""
+    temperature 1, up to --max_gen_len tokens. A function of (weights, seed, step, row of the data), so that
+    any number of processes draws the same answers."""
     from model.generation import Generator
     from trainer import batches, runtime
 
     engine = Generator(runtime.bare(model), "float32" if rt.device.type == "cpu" else "auto")
     own = batches.StepBatches()
     own.rows, own.num_rows = micro_batches.rows, micro_batches.num_rows
-    for i, batch in enumerate(micro_batches):
-        prompts = [p for p in batches.first_prompts(batch, pad_id) if len(p) < args.max_seq_len]
+    numbers = iter(micro_batches.rows)  # of the data set; rows that fill up the last micro-batch come last
+    for batch in micro_batches:
+        prompts, seeds = [], []
+        for of_row in batches.first_prompts(batch):
+            seed = runtime.mix_seed(args.seed, step, next(numbers, 0))
+            fitting = [prompt for prompt in of_row if len(prompt) < args.max_seq_len]
+            prompts, seeds = prompts + fitting, seeds + [seed] * len(fitting)
         sequences = []
         if prompts:
-            seed = runtime.mix_seed(args.seed, step, rt.rank, i) % 2**31
-            answers = engine.generate(prompts, max_new_tokens=args.max_gen_len, temperature=1.0, seed=seed)
+            answers = engine.generate(prompts, max_new_tokens=args.max_gen_len, temperature=1.0, seed=seeds)
             sequences = [(p + a.ids, len(p)) for p, a in zip(prompts, answers)]
         new = batches.rows_of(sequences, args.max_seq_len, pad_id)
         own.num_targets += int((new["labels"][:, 1:] != batches.IGNORE).sum())
@@ -177,6 +183,7 @@ def parse_args(argv=None):
         metavar="N",
         help="longest of those answers, in tokens",
     )
+    cli.add_tax_path(parser)
     return parser.parse_args(argv)
 
 
@@ -225,12 +232,13 @@ def main(args):
 
     from dataset.lm_dataset import load_sft
     from trainer import batches, checkpoint, loop, progress, runtime
-    from trainer.validation import means
+    from trainer.validation import held_out, means
 
     rt = runtime.start(args)
     tokenizer = checkpoint.load_tokenizer()
     path = cli.find_data(args, ["sft_t2t_mini.jsonl", "sft_mini_512.jsonl"], mini="sft.jsonl")
     train, val = batches.load(load_sft, path, tokenizer, args, rt)
+    tax = batches.load_tax(path, tokenizer, args, rt)
     run = loop.Run("distillation", args, rt, tokenizer, path, train, val)
     model = checkpoint.new_model(args, tokenizer, rt)
     teacher, args.teacher_crc32 = load_teacher(args, model.config, tokenizer, rt)  # a setting, like the data
@@ -238,8 +246,10 @@ def main(args):
     run.other_bytes = sum(4 * p.numel() for p in teacher.parameters())
     head = model.lm_head.weight
     model, optimizers = run.prepare(model, dynamic=args.on_policy > 0)
+    if args.use_compile == "1":  # as the student is
+        teacher.compile_blocks(dynamic=args.on_policy > 0)
     settings = dict(kind=args.divergence, temperature=args.temperature, jsd_beta=args.jsd_beta)
-    teaching = functools.partial(teaching_loss, teacher_head=teacher.lm_head.weight, **settings)
+    teaching = functools.partial(teaching_loss, **settings)
     losses = {
         own: functools.partial(
             distillation_loss,
@@ -257,10 +267,12 @@ def main(args):
         return loop.optimizer_step(model, micro_batches, optimizers, lr_factor, args, rt, losses[own])
 
     def check(model):
-        """Of held-out answers, per token: cross-entropy, divergence from the teacher, agreement with it."""
+        """Of held-out answers, per token: cross-entropy, divergence from the teacher, agreement with it; and
+        the alignment tax."""
         found = means(model, val, losses[False], args, rt)
         shown = {"ce": "val_loss", "divergence": "val_divergence", "agreement": "val_agreement"}
-        return {name: found[key] for key, name in shown.items() if key in found}
+        figures = {name: found[key] for key, name in shown.items() if key in found}
+        return figures | held_out(model, None, tax, args, rt)
 
     run.fit(model, optimizers, update, check, before=True)
     flags = progress.same_model_flags(args, known=["preset", "hidden_size", "use_moe"])

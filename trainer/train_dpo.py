@@ -67,9 +67,10 @@ def answer_logprobs(model, batch, head):
     return sums.index_add(0, batch["sequence_ids"].flatten()[keep], logps), aux_loss
 
 
-def dpo_loss(model, batch, totals, head, pair_loss, beta, sft_weight=0.0):
-    """What one micro-batch adds to L, and its sums for the log. pair_loss: `preference_loss` with its
-    settings; totals: pairs ("loss"), chosen tokens and micro-batches of the whole step."""
+def dpo_loss(model, batch, totals, head, pair_loss, figures, sft_weight=0.0):
+    """What one micro-batch adds to L, and its sums for the log. pair_loss, figures: `preference_loss` and
+    `diagnostics` with their settings; totals: pairs ("loss"), chosen tokens and micro-batches of the whole
+    step."""
     policy, aux_loss = answer_logprobs(model, batch, head)
     reference, answers = batch["reference"], batch["answers"]
     losses = pair_loss(policy, reference, answers)
@@ -80,13 +81,18 @@ def dpo_loss(model, batch, totals, head, pair_loss, beta, sft_weight=0.0):
     if aux_loss is not None:
         loss = loss + aux_loss / totals["aux_loss"]
     sums = {"loss": losses.sum()} if aux_loss is None else {"loss": losses.sum(), "aux_loss": aux_loss}
-    return loss, sums | diagnostics(policy.detach(), reference, answers, beta)
+    return loss, sums | figures(policy.detach(), reference, answers)
 
 
-def diagnostics(policy, reference, answers, beta) -> dict:
-    """Sums over pairs: what to look at while preferences are learned. Log-probabilities per token; if both
-    fall, the model unlearns its good answers together with the bad ones (likelihood displacement)."""
-    rewards_w, rewards_l = (beta * (policy - reference)).chunk(2)
+def diagnostics(policy, reference, answers, beta, loss_type="sigmoid") -> dict:
+    """Sums over pairs: what to look at while preferences are learned. Rewards are those the loss compares
+    (simpo's are means over tokens and know no reference). Log-probabilities per token; if both fall, the
+    model unlearns its good answers together with the bad ones (likelihood displacement)."""
+    if loss_type == "simpo":
+        rewards = beta * policy / answers.clamp(min=1)
+    else:
+        rewards = beta * (policy - reference)
+    rewards_w, rewards_l = rewards.chunk(2)
     logps_w, logps_l = (policy / answers.clamp(min=1)).chunk(2)
     return {
         "reward_chosen": rewards_w.sum(),
@@ -104,12 +110,13 @@ def kl_from_reference(model, batch, totals, head, reference):
     from trainer.logprobs import answer_positions, hidden_states, linear_loss_sum
 
     def kl(logits, reference_hidden):
-        reference_logits = (reference_hidden @ reference.lm_head.weight.to(reference_hidden.dtype).T).float()
+        reference_logits = (reference_hidden @ reference_head.T).float()
         return divergence_loss(logits, reference_logits, "reverse").sum(), logits.new_zeros(0)
 
     hidden, reference_hidden = hidden_states(model, batch)[0], hidden_states(reference, batch)[0]
     keep, _ = answer_positions(batch["labels"])
     keep = keep[batch["sequence_ids"].flatten()[keep] < len(batch["last"]) // 2]
+    reference_head = reference.lm_head.weight.to(reference_hidden.dtype)
     return None, {"kl": linear_loss_sum(hidden[keep], head, kl, reference_hidden[keep])[0]}
 
 
@@ -187,13 +194,15 @@ def main(args):
         if pairs is not None:
             if name not in references:
                 rt.print(f"reference: log-probabilities of {len(pairs):,} pairs")
-                references[name] = sequence_scores(model, pairs, score, args, rt)
+                as_trained = pairs is train
+                references[name] = sequence_scores(model, pairs, score, args, rt, as_trained)
             pairs.reference = references[name]
 
     settings = dict(loss_type=args.loss_type, dpop_lambda=args.dpop_lambda, simpo_gamma=args.simpo_gamma)
     pair_loss = functools.partial(preference_loss, beta=args.beta, **settings)
+    figures = functools.partial(diagnostics, beta=args.beta, loss_type=args.loss_type)
     step_loss = functools.partial(
-        dpo_loss, head=head, pair_loss=pair_loss, beta=args.beta, sft_weight=args.sft_weight
+        dpo_loss, head=head, pair_loss=pair_loss, figures=figures, sft_weight=args.sft_weight
     )
 
     def update(step, micro_batches, lr_factor):
@@ -210,7 +219,7 @@ def main(args):
                 torch.from_numpy(val.answers).T.ravel(),
             )
             losses = pair_loss(policy, val.reference, answers)
-            sums = {"loss": losses.sum(), **diagnostics(policy, val.reference, answers, args.beta)}
+            sums = {"loss": losses.sum(), **figures(policy, val.reference, answers)}
             found = {f"val_{name}": float(value) / len(val) for name, value in sums.items()}
             reference = checkpoint.load_parent(args, run.parent, tokenizer, rt)
             if reference is not None:

@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 from trainer import cli  # the rest is imported where it is used: --help answers before torch is there
 from trainer.train_pretrain import next_token_loss  # the same loss; only who may learn differs
 
+CURRICULUM = ("lora_identity", "lora_medical")  # adapters for which the embedded curriculum has a file
+
 
 def parse_args(argv=None):
     parser = cli.stage_parser(
@@ -89,7 +91,8 @@ def main(args):
         args.save_dir = args.save_dir.parent
     rt = runtime.start(args)
     tokenizer = checkpoint.load_tokenizer()
-    path = cli.find_data(args, [f"{args.save_weight}.jsonl"], mini=f"{args.save_weight}.jsonl")
+    name = f"{args.save_weight}.jsonl"
+    path = cli.find_data(args, [name], mini=name if args.save_weight in CURRICULUM else None)
     train, val = batches.load(load_sft, path, tokenizer, args, rt)
     tax = batches.load_tax(path, tokenizer, args, rt)
     run = loop.Run("lora", args, rt, tokenizer, path, train, val, frozen_base=True)

@@ -3,6 +3,7 @@ preference pairs."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 from trainer import batches, runtime
@@ -39,10 +40,11 @@ def means(model, dataset, micro_loss, args, rt) -> dict:
     return {name: total / max(dataset.num_targets, 1) for name, total in zip(names, totals)}
 
 
-def sequence_scores(model, pairs, score, args, rt):
+def sequence_scores(model, pairs, score, args, rt, as_trained=False):
     """`score(model, batch)` (2B,) of every sequence of preference pairs: (2P,) float32 on the CPU, the chosen
-    answers, then the rejected ones, the same on every process. Without gradients and dropout, in the compute
-    type of training."""
+    answers, then the rejected ones, the same on every process. Without dropout, in the compute type of
+    training. as_trained: by the very code that trains, compiled if it is, since compiled bfloat16 code rounds
+    in other places; it is compiled for gradients, so it computes as if there would be some."""
     import torch
 
     model = runtime.bare(model)
@@ -51,12 +53,14 @@ def sequence_scores(model, pairs, score, args, rt):
     mine = list(range(rt.rank, len(pairs), rt.world_size))
     mine.sort(key=lambda pair: int(pairs.lengths[pair].max()))  # neighbours of like length pack best
     found = torch.zeros(2, len(pairs), dtype=torch.float64)
-    with torch.no_grad(), runtime.uncompiled(args):
+    compiled = as_trained and str(args.use_compile) == "1"
+    stance = contextlib.nullcontext() if compiled else runtime.uncompiled(args)
+    with torch.set_grad_enabled(compiled), stance:
         for start in range(0, len(mine), args.batch_size):
             rows = mine[start : start + args.batch_size]
             batch = {name: t.to(rt.device) for name, t in pairs.collate(rows, len(rows)).items()}
             with rt.autocast():
-                found[:, rows] = score(model, batch).double().cpu().view(2, -1)
+                found[:, rows] = score(model, batch).detach().double().cpu().view(2, -1)
     model.train(was_training)
     return torch.tensor(runtime.total(found, rt)).float().flatten()
 
