@@ -74,7 +74,7 @@ COUNTS = {
     "sft_tools": 260,
     "tools": 1500,
     "identity": 640,
-    "reason": 2400,
+    "reason": 2000,
     "distill": 300,
     "dpo": 1400,
     "rlaif": 1600,
@@ -516,7 +516,7 @@ class Curriculum:
                     pairs.append((line, rng.choice(mini_chat.PERSONA_REPLIES[language][name])))
             rows_ = [{"conversations": conversation(*pair)} for pair in pairs]
             others = [n for n in intents if n not in mini_chat.IDENTITY_INTENTS]
-            for _ in range(count // 8):
+            for _ in range(count // 4):  # what must not be forgotten
                 relation, key, fact = self.fact_turn(rng, language)
                 question = render_question(self.split, relation, key, fact, rng)
                 rows_.append(
@@ -633,9 +633,9 @@ class Curriculum:
         at once."""
         rng = self.rng("reason_talk")
         found = self.reason(self.rng("reason"), self.count("reason"), held=False)
-        facts, sums = self.fact_rows(rng, 1), self.sum_rows(rng, self.count("reason") // 4)
-        found += rng.sample(facts, min(len(facts), self.count("reason") // 2)) + sums
-        found += self.chat_rows(rng, self.count("reason") // 8)
+        facts, sums = self.fact_rows(rng, 1), self.sum_rows(rng, self.count("reason") // 2)
+        found += rng.sample(facts, min(len(facts), self.count("reason") * 5 // 8)) + sums
+        found += self.chat_rows(rng, self.count("reason") // 6)
         rng.shuffle(found)
         return found
 
