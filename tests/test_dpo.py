@@ -24,6 +24,7 @@ from preference_helpers import (
     train,
     validations,
 )
+from stage_helpers import plain_descent
 from test_distributed import free_ports
 from train_helpers import (
     MOE,
@@ -427,18 +428,6 @@ def test_the_balance_loss_of_a_mixture_is_logged(mixture):
 # ----------------------------------------------------------------------------------------------------------
 # How a step is cut
 # ----------------------------------------------------------------------------------------------------------
-
-
-def plain_descent(patch, rate):
-    """Weights then tell the gradients; AdamW would make a full step of a rounding error."""
-    from trainer import cli
-
-    def build_optimizers(model, args, rt):
-        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-        optimizer.param_groups[0]["base_lr"] = rate
-        return [optimizer]
-
-    patch.setattr(cli, "build_optimizers", build_optimizers)
 
 
 CUT = ["--sft_weight", 0.3, "--grad_clip", 0, "--beta", 0.5]
