@@ -109,6 +109,19 @@ def round_to_integers(x: torch.Tensor, dim=-1) -> tuple[torch.Tensor, torch.Tens
     return (x * (127 / peak)).round_().to(torch.int8), peak.mul_(1 / 127)
 
 
+def round_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`round_to_integers` with one scale. What a frozen weight (below an adapter, of a teacher) was rounded
+    to is kept beside it, until somebody writes to it: it costs as much as a product of some hundred
+    tokens."""
+    if weight.requires_grad or torch.compiler.is_compiling():
+        return round_to_integers(weight, dim=(0, 1))
+    state = (weight._version, weight.data_ptr())
+    kept = getattr(weight, "rounded", None)
+    if kept is None or kept[0] != state:
+        kept = weight.rounded = (state, round_to_integers(weight.detach(), dim=(0, 1)))
+    return kept[1]
+
+
 class IntegerLinear(torch.autograd.Function):
     """y = x W^T and both its gradients as products of 8-bit integers, whose sums are exact.
 
@@ -122,8 +135,9 @@ class IntegerLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         x_int, x_scale = round_to_integers(x.reshape(-1, x.shape[-1]))
-        w_int, w_scale = round_to_integers(weight, dim=(0, 1))
-        ctx.save_for_backward(x_int, x_scale, w_int, w_scale)
+        w_int, w_scale = round_weight(weight)
+        inputs = (x_int, x_scale) if ctx.needs_input_grad[1] else (None, None)
+        ctx.save_for_backward(*inputs, w_int, w_scale)
         y = torch._int_mm(x_int, w_int.t()).float().mul_(x_scale * w_scale)
         return y.view(*x.shape[:-1], -1)
 

@@ -120,7 +120,7 @@ STAGES = [
         "preferences: polite and right rather than rude or wrong",
         "trainer/train_dpo.py",
         "dpo.jsonl",
-        "--epochs 1".split(),
+        "--max_steps 120".split(),
         compared_with="full_sft",
         costs=["facts_asked", "sums"],
         logged=["val_accuracy", "val_margin", "val_logp_chosen"],

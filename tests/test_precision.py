@@ -90,6 +90,27 @@ def test_integer_linear_leaves_frozen_weights_alone_and_does_not_hide_a_nan():
 
 
 @needs_integers
+def test_a_frozen_weight_is_rounded_once_and_again_when_it_changes(monkeypatch):
+    rounded = []
+
+    def remember(x, dim=-1):
+        rounded.append(x.shape)
+        return round_to_integers(x, dim)
+
+    monkeypatch.setattr(precision, "round_to_integers", remember)
+    x, weight = torch.randn(4, 16, requires_grad=True), torch.randn(8, 16)
+    first = IntegerLinear.apply(x, weight)
+    first.sum().backward()
+    assert IntegerLinear.apply(x, weight).equal(first) and rounded.count(weight.shape) == 1
+    weight.mul_(-2)
+    assert IntegerLinear.apply(x, weight).equal(-2 * first) and rounded.count(weight.shape) == 2
+    learning = weight.clone().requires_grad_()
+    for _ in range(2):
+        assert IntegerLinear.apply(x, learning).equal(-2 * first)
+    assert rounded.count(weight.shape) == 4, "one that learns, every time"
+
+
+@needs_integers
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_trained_in_integers_has_nearly_the_float32_gradient(kind):
     model, ids = tiny(kind), torch.randint(3, 97, (4, 24))
