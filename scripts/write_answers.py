@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,23 +69,28 @@ def main(args):
     todo = list(questions(args.data_path, args.limit))
     partial = args.out_path.with_name(f".{args.out_path.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("out_path", "batch_size", "device")}
-    lines = gone_on_with(partial, settings | {"crc32 of the weights": str(metadata.get("crc32"))})
+    draws = ("max_new_tokens", "temperature", "top_p", "open_thinking", "dtype", "seed")
+    settings = {name: getattr(args, name) for name in draws}
+    settings["checksum of the weights"] = metadata.get("crc32")
+    settings["checksum of the questions"] = zlib.crc32(json.dumps(todo).encode())
+    lines = gone_on_with(partial, settings)
     if lines:
         print(f"going on after {len(lines)} of {len(todo)} questions")
     begin, tokens = time.perf_counter(), 0
-    with partial.open("a", encoding="utf-8") as file:
+    with partial.open("a", encoding="utf-8", newline="\n") as file:
         for start in range(len(lines), len(todo), args.batch_size):
             part = todo[start : start + args.batch_size]
             prompts = [encode_prompt(tokenizer, m, tools, bool(args.open_thinking)) for m, tools in part]
             fits = [len(prompt) <= longest for prompt in prompts]
-            draws = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+            seeds = [runtime.mix_seed(args.seed, start + i) for i in range(len(part))]  # of each question
             answers = iter(
                 engine.generate(
                     [prompt for prompt, fit in zip(prompts, fits) if fit],
                     tokenizer,
                     max_new_tokens=args.max_new_tokens,
-                    **draws,
+                    temperature=args.temperature,
+                    top_p=args.top_p,
+                    seed=[seed for seed, fit in zip(seeds, fits) if fit],
                 )
             )
             for (messages, tools), fit in zip(part, fits):
@@ -100,7 +106,7 @@ def main(args):
             )
     rows = [line for line in whole_lines(partial)[1:] if line != "null"]
     finished = partial.with_name(f"{partial.name}.done")
-    finished.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    finished.write_text("".join(row + "\n" for row in rows), encoding="utf-8", newline="\n")
     os.replace(finished, args.out_path)
     partial.unlink()
     why = "did not end, were empty, or their question was too long"
@@ -120,8 +126,8 @@ def gone_on_with(partial: Path, settings: dict) -> list[str]:
     CheckpointError when they were others: two teachers would be mixed. Leaves a file that can be added to."""
     from trainer.checkpoint import CheckpointError
 
-    header, *lines = whole_lines(partial) if partial.exists() else [json.dumps(settings)]
-    before = json.loads(header)
+    header, *lines = (whole_lines(partial) if partial.exists() else []) or [json.dumps(settings)]
+    before = json.loads(header) or {}
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
         sides = ", ".join(f"{name} {before.get(name)} -> {settings[name]}" for name in changed)

@@ -299,7 +299,7 @@ def own_answers(model, batch, pad_id=0, **settings):
     args = SimpleNamespace(**({"max_seq_len": 64, "max_gen_len": 6, "seed": 42} | settings))
     rt = runtime.Runtime(torch.device("cpu"), torch.float32, seed=42)
     given = batches.StepBatches([batch, batch | {"labels": torch.full_like(batch["labels"], -100)}])
-    given.rows, given.num_rows = [3, 4], 2
+    given.rows, given.places, given.num_rows = [3, 4], [0, 1], 2
     rt.seed_step(9)
     return train_distillation.sample_answers(model, given, 9, args, rt, pad_id), rt
 
@@ -358,21 +358,21 @@ def test_samples_do_not_depend_on_how_rows_are_shared():
     args = SimpleNamespace(max_seq_len=64, max_gen_len=6, seed=42)
     rt = runtime.Runtime(torch.device("cpu"), torch.float32, seed=42)
 
-    def answers(micro_batches, rows):
+    def answers(micro_batches, places):
         given = batches.StepBatches(micro_batches)
-        given.rows, given.num_rows = rows, len(rows)
+        given.places = places
         own = train_distillation.sample_answers(model, given, 9, args, rt, 0)
         labels = [label for new in own for label in new["labels"].flatten().tolist()]
         runs = itertools.groupby(labels, key=lambda label: label != -100)
         return sorted(tuple(run) for is_answer, run in runs if is_answer)
 
     first, second = ({name: t[row : row + 1] for name, t in batch.items()} for row in (0, 1))
-    together = answers([batch], [3, 4])
+    together = answers([batch], [0, 1])
     assert len(set(together)) == 3
     assert (
-        together == answers([first, second], [3, 4]) == sorted(answers([first], [3]) + answers([second], [4]))
+        together == answers([first, second], [0, 1]) == sorted(answers([first], [0]) + answers([second], [1]))
     )
-    assert answers([first], [3]) != answers([first], [5]), "another row of the data draws anew"
+    assert answers([first], [0]) != answers([first], [5]), "the same row again in a step draws anew"
 
 
 # ----------------------------------------------------------------------------------------------------------

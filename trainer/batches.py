@@ -29,6 +29,7 @@ class StepBatches(list):
     num_tokens = 0  # tokens that are not padding, of this process
     num_rows = 0  # rows of this process that hold data
     rows: list = []  # their numbers in the dataset
+    places: list = []  # and in the step, over all processes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,12 +122,13 @@ def check_split(args, rt):
 def load_step(dataset, rows: list[int], args, rt, pin: bool = False) -> StepBatches:
     """This process's micro-batches of the rows of one step, on the CPU, and their counts."""
     size = micro_rows(args, rt.world_size)
-    mine = split_step(rows, rt.world_size, size)[rt.rank]
+    mine = split_step(list(range(len(rows))), rt.world_size, size)[rt.rank]
     step = StepBatches()
-    step.rows = [row for micro in mine for row in micro]
+    step.places = [place for micro in mine for place in micro]
+    step.rows = [rows[place] for place in step.places]
     step.num_rows = len(step.rows)
     for micro in mine:
-        batch = dataset.collate(micro, size)
+        batch = dataset.collate([rows[place] for place in micro], size)
         step.num_targets += int((batch["labels"][:, 1:] != IGNORE).sum())
         if "loss_weights" in batch:
             step.weight += float(batch["loss_weights"].sum(dtype=torch.float64))

@@ -93,19 +93,19 @@ def distillation_loss(model, batch, totals, teacher, head, teaching):
 
 def sample_answers(model, micro_batches, step, args, rt, pad_id):
     """The same prompts with the student's own answers: micro-batches whose labels are what it sampled, at
-    temperature 1, up to --max_gen_len tokens. A function of (weights, seed, step, row of the data), so that
-    any number of processes draws the same answers."""
+    temperature 1, up to --max_gen_len tokens. A function of (weights, seed, step, place of the row in it), so
+    that any number of processes draws the same answers (but where rounding decides)."""
     from model.generation import Generator
     from trainer import batches, runtime
 
     engine = Generator(runtime.bare(model), "float32" if rt.device.type == "cpu" else "auto")
     own = batches.StepBatches()
     own.rows, own.num_rows = micro_batches.rows, micro_batches.num_rows
-    numbers = iter(micro_batches.rows)  # of the data set; rows that fill up the last micro-batch come last
+    places = iter(micro_batches.places)  # rows that fill up the last micro-batch come last
     for batch in micro_batches:
         prompts, seeds = [], []
         for of_row in batches.first_prompts(batch):
-            seed = runtime.mix_seed(args.seed, step, next(numbers, 0))
+            seed = runtime.mix_seed(args.seed, step, next(places, 0))
             fitting = [prompt for prompt in of_row if len(prompt) < args.max_seq_len]
             prompts, seeds = prompts + fitting, seeds + [seed] * len(fitting)
         sequences = []
@@ -246,8 +246,6 @@ def main(args):
     run.other_bytes = sum(4 * p.numel() for p in teacher.parameters())
     head = model.lm_head.weight
     model, optimizers = run.prepare(model, dynamic=args.on_policy > 0)
-    if args.use_compile == "1":  # as the student is
-        teacher.compile_blocks(dynamic=args.on_policy > 0)
     settings = dict(kind=args.divergence, temperature=args.temperature, jsd_beta=args.jsd_beta)
     teaching = functools.partial(teaching_loss, **settings)
     losses = {

@@ -85,9 +85,10 @@ def dpo_loss(model, batch, totals, head, pair_loss, figures, sft_weight=0.0):
 
 
 def diagnostics(policy, reference, answers, beta, loss_type="sigmoid") -> dict:
-    """Sums over pairs: what to look at while preferences are learned. Rewards are those the loss compares
-    (simpo's are means over tokens and know no reference). Log-probabilities per token; if both fall, the
-    model unlearns its good answers together with the bad ones (likelihood displacement)."""
+    """Sums over pairs: what to look at while preferences are learned. Rewards are beta (s - s_ref), summed
+    over an answer's tokens whatever the loss, as trl shows them; simpo's, which know no reference, are its
+    own: beta times the mean. Log-probabilities per token; if both fall, the model unlearns its good answers
+    together with the bad ones (likelihood displacement)."""
     if loss_type == "simpo":
         rewards = beta * policy / answers.clamp(min=1)
     else:

@@ -55,9 +55,10 @@ def sequence_scores(model, pairs, score, args, rt, as_trained=False):
     found = torch.zeros(2, len(pairs), dtype=torch.float64)
     compiled = as_trained and str(args.use_compile) == "1"
     stance = contextlib.nullcontext() if compiled else runtime.uncompiled(args)
+    size = batches.micro_rows(args, rt.world_size) if compiled else args.batch_size  # memory as in training
     with torch.set_grad_enabled(compiled), stance:
-        for start in range(0, len(mine), args.batch_size):
-            rows = mine[start : start + args.batch_size]
+        for start in range(0, len(mine), size):
+            rows = mine[start : start + size]
             batch = {name: t.to(rt.device) for name, t in pairs.collate(rows, len(rows)).items()}
             with rt.autocast():
                 found[:, rows] = score(model, batch).detach().double().cpu().view(2, -1)
