@@ -254,3 +254,16 @@ def test_the_next_command_holds_only_flags_that_it_knows(tmp_path):
     assert "--preset tiny" in everything and "--num_attention_heads 4" in everything
     known = progress.same_model_flags(args, known=["preset", "hidden_size"])
     assert known == f" --preset tiny --hidden_size 64 --save_dir '{tmp_path / 'a b'}'"
+
+
+def test_only_programs_that_run_now_are_noted(tmp_path, monkeypatch, capsys):
+    """A load average still counts the stage before, which has ended."""
+    import os
+
+    from trainer import runtime
+
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 99.0, 99.0), raising=False)
+    for running, noted in ((0.2, False), (99.0, True)):
+        monkeypatch.setattr(runtime, "others_running", lambda n=running: n)
+        train("pretrain", tmp_path, steps=1)
+        assert ("other programs keep this machine busy" in capsys.readouterr().out) is noted

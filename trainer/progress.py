@@ -324,7 +324,7 @@ def announce(args, rt, model, run: dict, data_path, train, val, written: Path, o
     print(f"machine: {runtime.describe(rt)}, torch.compile {'on' if is_compiled(model) else 'off'}")
     with contextlib.suppress(OSError, AttributeError):  # AttributeError: Windows has no load average
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
-        if rt.device.type == "cpu" and load > cores:
+        if rt.device.type == "cpu" and load > cores and runtime.others_running() >= cores / 2:
             print(
                 f"note: other programs keep this machine busy (load {load:.0f} on {cores} cores); threads "
                 "that"
