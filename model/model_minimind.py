@@ -309,7 +309,15 @@ def matrix_of(linear: nn.Linear) -> torch.Tensor:
 BLOCK = 128  # query rows per block of `blocked_attention`
 
 
-def block_biases(T: int, document_ids: torch.Tensor | None, dtype: torch.dtype, device) -> list[torch.Tensor]:
+class BlockBiases:
+    """The tensors of `block_biases`, in an object into which torch.compile does not look: for a list it would
+    make new code for every length."""
+
+    def __init__(self, blocks: list[torch.Tensor]):
+        self.blocks = blocks
+
+
+def block_biases(T: int, document_ids: torch.Tensor | None, dtype: torch.dtype, device) -> BlockBiases:
     """What `blocked_attention` adds to the scores of a block of query rows: 0 = may look, -inf = may not.
 
     One (B or 1, 1, rows, 1, keys) tensor per block, made once per forward pass and shared by all layers.
@@ -324,11 +332,11 @@ def block_biases(T: int, document_ids: torch.Tensor | None, dtype: torch.dtype, 
             visible = visible & (document_ids[:, start:end, None] == document_ids[:, None, :end])
         bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
         biases.append(bias[:, None, :, None, :])
-    return biases
+    return BlockBiases(biases)
 
 
 @torch.compiler.disable  # torch 2.13 compiles its bfloat16 backward into NaN on some CPUs
-def blocked_attention(q, k, v, biases: list[torch.Tensor]) -> torch.Tensor:
+def blocked_attention(q, k, v, biases: BlockBiases) -> torch.Tensor:
     """Causal attention as plain matrix products over blocks of query rows, each against the keys up to its
     end.
 
@@ -342,7 +350,7 @@ def blocked_attention(q, k, v, biases: list[torch.Tensor]) -> torch.Tensor:
     k = k.permute(0, 2, 3, 1).contiguous()  # (B, K, hd, T)
     v = v.transpose(1, 2).contiguous()  # (B, K, T, hd)
     outputs = []
-    for i, bias in enumerate(biases):
+    for i, bias in enumerate(biases.blocks):
         start, rows, end = i * BLOCK, bias.shape[2], bias.shape[4]
         scores = q[:, :, start * R : end * R] @ k[..., :end]  # (B, K, rows * R, end)
         scores = scores.view(B, K, rows, R, end) + bias
@@ -361,10 +369,10 @@ def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
 def attention(q, k, v, mask) -> torch.Tensor:
     """Scaled dot-product attention. q (B, T, H, hd), k, v (B, S, K, hd) -> (B, T, H, hd).
 
-    mask None: causal over T = S positions; a list: see `blocked_attention`; else (B or 1, 1, T, S) bool,
+    mask None: causal over T = S positions; BlockBiases: see `blocked_attention`; else (B or 1, 1, T, S) bool,
     True = may look.
     """
-    if isinstance(mask, list):
+    if isinstance(mask, BlockBiases):
         return blocked_attention(q, k, v, mask)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
