@@ -471,15 +471,15 @@ def test_code_compiled_for_any_shape_serves_every_shape(monkeypatch, moe):
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     mixture = dict(use_moe=True, num_experts=3, moe_intermediate_size=32) if moe else {}
     model = MiniMindForCausalLM(MiniMindConfig(vocab_size=100, **sizes, **mixture))
     model.compile_blocks(dynamic=True)
-    for T in range(32, 1056, 128):
-        for B in (3, 1, 2):
-            ids = torch.randint(3, 90, (B, T))
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(ids, position_ids=torch.arange(T).repeat(B, 1), labels=ids).loss
-            loss.backward()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for T in range(32, 1056, 128):
+            for B in (3, 1, 2):
+                ids = torch.randint(3, 90, (B, T))
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(ids, position_ids=torch.arange(T).repeat(B, 1), labels=ids).loss
+                loss.backward()
     torch._dynamo.reset()
