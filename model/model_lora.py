@@ -209,13 +209,10 @@ def apply_lora(model, state: dict, config: LoRAConfig, adapter_name: str = "defa
     for name, tensor in state.items():
         layer, _, part = name.rpartition(".lora.")
         parts.setdefault(layer, {})[part] = tensor
-    layers = linear_layers(model)
+    layers, advice = linear_layers(model), "use it with the base it was trained on"
     for layer, tensors in parts.items():
         if layer not in layers:
-            raise ValueError(
-                f"the adapter changes {layer}, which this model does not have: use it with the base it was "
-                "trained on"
-            )
+            raise ValueError(f"the adapter changes {layer}, which this model does not have: {advice}")
         wanted = {
             "A": (config.rank, layers[layer].in_features),
             "B": (layers[layer].out_features, config.rank),
@@ -225,8 +222,7 @@ def apply_lora(model, state: dict, config: LoRAConfig, adapter_name: str = "defa
         shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
         if shapes != wanted:
             raise ValueError(
-                f"the adapter of {layer} has the shapes {shapes}, this model wants {wanted}: use it with the "
-                "base it was trained on"
+                f"the adapter of {layer} has the shapes {shapes}, this model wants {wanted}: {advice}"
             )
     for layer in parts:
         check_stacking(layers[layer], layer, config)

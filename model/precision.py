@@ -111,8 +111,7 @@ def round_to_integers(x: torch.Tensor, dim=-1) -> tuple[torch.Tensor, torch.Tens
 
 def round_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`round_to_integers` with one scale. What a frozen weight (below an adapter, of a teacher) was rounded
-    to is kept beside it, until somebody writes to it (through `.data` or `.detach()` unnoticed): rounding
-    costs as much as a product of a hundred tokens."""
+    to is kept beside it, until somebody writes to it (through `.data` or `.detach()` unnoticed)."""
     if weight.requires_grad or torch.compiler.is_compiling():
         return round_to_integers(weight, dim=(0, 1))
     state = (weight._version, weight.data_ptr())

@@ -7,7 +7,6 @@ W + s B A is computed in float32 and rounded once, to the type of the base's fil
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -41,8 +40,7 @@ def main(args):
     for note in checkpoint.merge_adapters(model, args.lora_weight, args.weight.parent, metadata):
         print(note)
     base, _, tail = args.weight.stem.rpartition(f"_{model.config.hidden_size}")
-    parts = [part.strip() for part in args.lora_weight.split(",") if part.strip()]
-    names = "+".join(Path(re.sub(r":[\d.]+$", "", part)).stem for part in parts)
+    names = "+".join(Path(name).stem for name, _ in checkpoint.named_adapters(args.lora_weight))
     default = args.weight.with_name(f"{base}+{names}_{model.config.hidden_size}{tail}.pth")
     path = args.save_path or default
     kept = {k: v for k, v in metadata.items() if k not in ("config", "crc32", "format")}

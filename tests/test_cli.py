@@ -174,6 +174,8 @@ def test_running_out_of_memory_names_flags(capsys):
 def test_data_is_found_in_the_usual_places(monkeypatch, tmp_path, capsys):
     from types import SimpleNamespace
 
+    from dataset.rows import DataError
+
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     (tmp_path / "dataset/mini").mkdir(parents=True)
     (tmp_path / "dataset/mini/pretrain.jsonl").touch()
@@ -182,6 +184,8 @@ def test_data_is_found_in_the_usual_places(monkeypatch, tmp_path, capsys):
     assert "no --data_path: using the embedded curriculum" in capsys.readouterr().out
     (tmp_path / "dataset/pretrain_hq.jsonl").touch()
     assert cli.find_data(args, ["pretrain_hq.jsonl"], "pretrain.jsonl").endswith("dataset/pretrain_hq.jsonl")
+    with pytest.raises(DataError, match="--data_path .there is no dataset/my_bot.jsonl"):
+        cli.find_data(args, ["my_bot.jsonl"], None)
     args.data_path = "mine.jsonl"
     assert cli.find_data(args, ["pretrain_hq.jsonl"], "pretrain.jsonl") == "mine.jsonl"
 

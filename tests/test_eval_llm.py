@@ -415,7 +415,9 @@ def test_an_adapter_of_other_weights_is_used_with_a_note(monkeypatch, capsys, ad
     assert "lora_b_32.pth was trained on other weights (full_sft, step 7)" in err
 
 
-@pytest.mark.parametrize("names", ["lora_x", "lora_a,lora_x:0.5", "lora_a:-1", "lora_a:1.2.3"])
+@pytest.mark.parametrize(
+    "names", ["lora_x", "lora_a,lora_x:0.5", "lora_a:-1", "lora_a:1.2.3", "lora_a:2x", ","]
+)
 def test_an_adapter_that_is_not_there_is_one_line(monkeypatch, capsys, adapted, names):
     flags = ("--save_dir", adapted, "--lora_weight", names, "--prompt", "x", *QUICK)
     code, output, err = run(monkeypatch, capsys, *flags)

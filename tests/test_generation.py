@@ -591,6 +591,19 @@ def test_more_rows_than_fit_are_done_in_turns_with_the_same_answers():
     assert [a.ids for a in whole] == [a.ids for a in turns]
 
 
+def test_every_prompt_may_have_a_seed_of_its_own():
+    """Then its draws do not depend on what else is asked."""
+    engine = Generator(tiny(), "float32")
+    (prompt,) = random_prompts(6)
+    settings = dict(max_new_tokens=8, ignore_eos=True)
+    alone = [engine.generate([prompt], seed=seed, **settings)[0].ids for seed in (3, 4)]
+    three = engine.generate([prompt] * 3, seed=[4, 3, 4], **settings)
+    assert [a.ids for a in three[:2]] == alone[::-1]
+    assert three[2].ids not in alone, "the same seed and prompt again count on"
+    with pytest.raises(ValueError, match="2 numbers for 3 prompts"):
+        engine.generate([prompt] * 3, seed=[1, 2])
+
+
 def test_the_engine_follows_a_model_that_goes_on_training():
     model = tiny()
     engine = Generator(model, "float32")

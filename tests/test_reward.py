@@ -303,6 +303,8 @@ def test_files_that_are_no_reward_model_are_refused_in_one_sentence(run, tmp_pat
     refuses("nowhere.pth does not exist", checkpoint.load_reward_model, tmp_path / "nowhere.pth")
     refuses("reward_32.pth also has score.weight", checkpoint.load_model, run.folder / "out" / NAME)
     state, metadata = checkpoint.read_weights(run.folder / "out" / NAME)
+    torch.save(state, tmp_path / "bare.pth")
+    refuses("bare.pth does not say which architecture", checkpoint.load_reward_model, tmp_path / "bare.pth")
     del state["model.norm.weight"]
     torch.save(state, tmp_path / "torn.pth")
     with pytest.raises(checkpoint.CheckpointError, match="lacks model.norm.weight"):

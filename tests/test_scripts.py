@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,6 +206,25 @@ def test_thoughts_are_asked_for_and_only_so_many_questions(tmp_path, weight, mon
     assert [tokenizer.decode(prompt)[-8:] for prompt in asked] == ["<think>\n"] * 3
     answers_of(tmp_path, weight, "--limit", 1)
     assert tokenizer.decode(asked[-1]).endswith("<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("--temperature", -1), ("--top_p", 0), ("--max_new_tokens", 0), ("--batch_size", 0)]
+)
+def test_settings_without_a_meaning_are_refused(flag, value, capsys):
+    with pytest.raises(SystemExit) as end:
+        write_answers.parse_args(["--weight", "a", "--data_path", "b", "--out_path", "c", flag, str(value)])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and re.search(f"{flag}.* must be ", error) and "Traceback" not in error
+
+
+def test_a_questions_answer_does_not_depend_on_its_batch(tmp_path, weight):
+    """Nor on where an interrupted file is gone on with. The same question again gets another answer."""
+    write_jsonl(tmp_path / "from.jsonl", [chat(f"question {n % 8}", "x") for n in range(32)])
+    some = ["--max_new_tokens", 12, "--temperature", 1.0]
+    one, two = (answers_of(tmp_path, weight, *some, "--batch_size", size) for size in (5, 32))
+    assert one == two and len(one) > 3
+    assert len({json.dumps(row) for row in one}) == len(one)
 
 
 def test_missing_files_are_one_line(tmp_path, weight, capsys):

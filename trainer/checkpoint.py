@@ -427,6 +427,24 @@ def load_adapter(model, path: Path, base: dict, name: str = "default", scale: fl
     return None
 
 
+def named_adapters(names: str) -> list[tuple[str, float]]:
+    """The names and strengths in "lora_a:0.5,lora_b": [("lora_a", 0.5), ("lora_b", 1.0)]. Raises
+    CheckpointError when there is no name, or a strength that is no number of at least 0."""
+    found = []
+    for part in filter(None, map(str.strip, names.split(","))):
+        name, colon, strength = part.rpartition(":")
+        if not colon or re.search(r"[\\/]", strength):  # the colon of a Windows drive
+            name, strength = part, "1"
+        if not re.fullmatch(r"\d+\.?\d*|\.\d+", strength):
+            raise CheckpointError(
+                f"--lora_weight {part}: {strength!r} is no strength; write a number of at least 0, {name}:0.5"
+            )
+        found.append((name.strip(), float(strength)))
+    if not found:
+        raise CheckpointError(f"--lora_weight {names!r} names no adapter: give a name, or NAME:0.5 for half")
+    return found
+
+
 def merge_adapters(model, names: str, save_dir, base: dict) -> list[str]:
     """Merge the adapters `names` ("lora_a", or "lora_a:0.5,lora_b": half of one and all of another; names or
     .pth files) into a model whose file has the metadata `base`. Returns what is worth a word."""
@@ -434,19 +452,10 @@ def merge_adapters(model, names: str, save_dir, base: dict) -> list[str]:
 
     from model.model_lora import merge_lora
 
-    notes, parts = [], [part.strip() for part in names.split(",") if part.strip()]
-    if not parts:
-        raise CheckpointError(f"--lora_weight {names!r} names no adapter: give a name, or NAME:0.5 for half")
-    for number, part in enumerate(parts):
-        name, colon, scale = part.rpartition(":")
-        if not colon or re.search(r"[\\/]", scale):  # C:\\adapters\\mine.pth
-            name, scale = part, "1"
-        if not re.fullmatch(r"\d+\.?\d*|\.\d+", scale):
-            raise CheckpointError(
-                f"--lora_weight {part}: {scale!r} is no strength; write a number of at least 0, {name}:0.5"
-            )
-        path = find_adapter(SimpleNamespace(save_dir=save_dir), model.config, name.strip())
-        notes.append(load_adapter(model, path, base, f"adapter{number}", float(scale)))
+    notes = []
+    for number, (name, strength) in enumerate(named_adapters(names)):
+        path = find_adapter(SimpleNamespace(save_dir=save_dir), model.config, name)
+        notes.append(load_adapter(model, path, base, f"adapter{number}", strength))
     merge_lora(model)
     return [note for note in notes if note]
 
@@ -583,6 +592,45 @@ def load_parent(args, parent: dict | None, tokenizer, rt):
     except CheckpointError:
         return None
     return model.requires_grad_(False).to(rt.device) if metadata.get("crc32") == parent["crc32"] else None
+
+
+def load_teacher(args, config, tokenizer, rt):
+    """(frozen teacher in eval mode on the device, checksum of its weights): --from_teacher_weight and the
+    other --teacher flags, for a student with `config`. Raises CheckpointError for a teacher that is not
+    there, of another depth, or of another vocabulary."""
+    from types import SimpleNamespace
+
+    name = args.from_teacher_weight
+    shape = SimpleNamespace(hidden_size=args.teacher_hidden_size, use_moe=bool(args.teacher_use_moe))
+    path = Path(name) if name.endswith(".pth") else weight_path(args, shape, name)
+    if not path.exists():
+        missing = f"{shown(path)} does not exist"
+        if not name.endswith(".pth"):  # a stage, which somebody can run
+            missing = missing_weight(path, name).split(", or pass")[0]
+        raise CheckpointError(
+            f"{missing}, or choose a teacher with --from_teacher_weight, --teacher_hidden_size, "
+            "--teacher_use_moe"
+        )
+    teacher, metadata = load_model(path)
+    size, vocabulary = teacher.config.vocab_size, metadata.get("tokenizer")
+    mine = tokenizer_hash(tokenizer)
+    if size != config.vocab_size or vocabulary not in (None, mine):
+        theirs = f"{vocabulary or 'unknown'}, {size:,} entries"
+        raise CheckpointError(
+            f"{shown(path)}: the teacher's vocabulary ({theirs}) is not the student's ({mine}, "
+            f"{config.vocab_size:,} entries), and distributions over different tokens cannot be compared. "
+            "Choose another teacher, or distil its text (scripts/write_answers.py)"
+        )
+    depth = teacher.config.num_hidden_layers
+    if args.teacher_num_layers not in (None, depth):
+        raise CheckpointError(
+            f"{shown(path)} has {depth} layers, not {args.teacher_num_layers}: pass "
+            f"--teacher_num_layers {depth}, or other weights"
+        )
+    million = sum(p.numel() for p in teacher.parameters()) / 1e6
+    rt.print(f"teacher: {shown(path)}, {million:.2f}M parameters")
+    crc32 = metadata.get("crc32") or checksum(teacher.state_dict())  # MiniMind's files have none
+    return teacher.requires_grad_(False).to(rt.device), crc32
 
 
 def load_reward_model(path: Path, tokenizer=None):

@@ -187,46 +187,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def load_teacher(args, config, tokenizer, rt):
-    """The frozen teacher, in eval mode on the device. Raises CheckpointError for a teacher that is not there,
-    of another depth, or of another vocabulary."""
-    from types import SimpleNamespace
-
-    from trainer import checkpoint
-
-    name = args.from_teacher_weight
-    shape = SimpleNamespace(hidden_size=args.teacher_hidden_size, use_moe=bool(args.teacher_use_moe))
-    path = Path(name) if name.endswith(".pth") else checkpoint.weight_path(args, shape, name)
-    if not path.exists():
-        missing = f"{checkpoint.shown(path)} does not exist"
-        if not name.endswith(".pth"):  # a stage, which somebody can run
-            missing = checkpoint.missing_weight(path, name).split(", or pass")[0]
-        raise checkpoint.CheckpointError(
-            f"{missing}, or choose a teacher with --from_teacher_weight, --teacher_hidden_size, "
-            "--teacher_use_moe"
-        )
-    teacher, metadata = checkpoint.load_model(path)
-    size, vocabulary = teacher.config.vocab_size, metadata.get("tokenizer")
-    mine = checkpoint.tokenizer_hash(tokenizer)
-    if size != config.vocab_size or vocabulary not in (None, mine):
-        theirs = f"{vocabulary or 'unknown'}, {size:,} entries"
-        raise checkpoint.CheckpointError(
-            f"{checkpoint.shown(path)}: the teacher's vocabulary ({theirs}) is not the student's ({mine}, "
-            f"{config.vocab_size:,} entries), and distributions over different tokens cannot be compared. "
-            "Choose another teacher, or distil its text (scripts/write_answers.py)"
-        )
-    depth = teacher.config.num_hidden_layers
-    if args.teacher_num_layers not in (None, depth):
-        raise checkpoint.CheckpointError(
-            f"{checkpoint.shown(path)} has {depth} layers, not {args.teacher_num_layers}: pass "
-            f"--teacher_num_layers {depth}, or other weights"
-        )
-    million = sum(p.numel() for p in teacher.parameters()) / 1e6
-    rt.print(f"teacher: {checkpoint.shown(path)}, {million:.2f}M parameters")
-    crc32 = metadata.get("crc32") or checkpoint.checksum(teacher.state_dict())  # MiniMind's files have none
-    return teacher.requires_grad_(False).to(rt.device), crc32
-
-
 def main(args):
     import random
 
@@ -241,7 +201,8 @@ def main(args):
     tax = batches.load_tax(path, tokenizer, args, rt)
     run = loop.Run("distillation", args, rt, tokenizer, path, train, val)
     model = checkpoint.new_model(args, tokenizer, rt)
-    teacher, args.teacher_crc32 = load_teacher(args, model.config, tokenizer, rt)  # a setting, like the data
+    # its checksum is a setting of the run, as the data is
+    teacher, args.teacher_crc32 = checkpoint.load_teacher(args, model.config, tokenizer, rt)
     run.load(model)
     run.other_bytes = sum(4 * p.numel() for p in teacher.parameters())
     head = model.lm_head.weight
