@@ -72,7 +72,7 @@ COUNTS = {
     "sft_reading": 400,  # per language
     "sft_copying": 400,  # per language
     "sft_tools": 260,
-    "tools": 1500,
+    "tools": 4000,
     "identity": 640,
     "reason": 2000,
     "distill": 300,
@@ -467,6 +467,17 @@ class Curriculum:
             found.append({"conversations": messages})
         return found
 
+    def tools_and_talk(self) -> list[dict]:
+        """Tool use, a third of it in two steps, and as many conversations without tools, which are
+        short, so that what was learned before is not forgotten."""
+        rng, count = self.rng("sft_tools"), self.count("tools")
+        found = self.tool_rows(rng, count, two_steps=0.35)
+        facts = self.fact_rows(rng, 2)
+        found += rng.sample(facts, min(len(facts), count * 5 // 8)) + self.sum_rows(rng, count * 3 // 8)
+        found += self.other_math_rows(rng, count // 16) + self.chat_rows(rng, count // 32)
+        rng.shuffle(found)
+        return found
+
     def agent(self, rng: random.Random, count: int, held: bool) -> list[dict]:
         """Tool problems for RL: system with tools, user, empty assistant turn, and expected values `gt`."""
         found, seen = [], set()
@@ -670,21 +681,24 @@ class Curriculum:
         return found
 
     def rlaif(self, rng: random.Random, count: int, held: bool) -> list[dict]:
-        """Prompts with a checkable answer. Kinds differ in how well SFT already does them."""
+        """Prompts with a checkable answer, of kinds that fine-tuning leaves at different levels; none that it
+        never solves, for where no sample is right there is nothing to reinforce."""
         found, seen = [], set()
-        kinds = ["sub", "sub", "chain", "compare", "next", "sum"]
+        kinds = ["sub"] * 10 + ["compare"] * 5 + ["next"] * 2 + ["sum"] * 3
         while len(found) < count:
             language, kind = LANGUAGES[len(found) % 2], rng.choice(kinds)
-            if kind == "sum":
-                question, _, a, b = self.sum_pair(rng, language, held)
-                answer = str(a + b)
+            for _ in range(200):  # of this kind, so that both files have the same mixture
+                if kind == "sum":
+                    question, _, a, b = self.sum_pair(rng, language, held)
+                    answer, is_held = str(a + b), held
+                else:
+                    question, _, answer = other_math(self.split, rng, kind, language)
+                    numbers = "".join(c if c.isdigit() else " " for c in question).split()
+                    is_held = self.split.held_class(8, "rlaif", kind, *sorted(numbers))
+                if is_held is held and (question not in seen or not held and rng.random() < 0.1):
+                    break
             else:
-                question, _, answer = other_math(self.split, rng, kind, language)
-                numbers = "".join(c if c.isdigit() else " " for c in question).split()
-                if self.split.held_class(8, "rlaif", kind, *sorted(numbers)) is not held:
-                    continue
-            if question in seen and (held or rng.random() < 0.9):
-                continue
+                continue  # all questions of this kind are there
             seen.add(question)
             row = {"conversations": conversation(question, ""), "answer": answer, "kind": kind}
             if held:
@@ -810,7 +824,7 @@ class Curriculum:
             "sft.jsonl": sft,
             "sft_heldout.jsonl": self.sft_heldout(sft_lines),
             "distill.jsonl": self.rng("distill").sample(sft, self.count("distill")),
-            "sft_tools.jsonl": self.tool_rows(self.rng("sft_tools"), self.count("tools")),
+            "sft_tools.jsonl": self.tools_and_talk(),
             "lora_identity.jsonl": self.identity(self.rng("identity"), self.count("identity")),
             "lora_identity_heldout.jsonl": self.identity_heldout(),
             "lora_medical.jsonl": self.medical(held=False),

@@ -3,7 +3,7 @@
     pretrain  {"text": "..."}
     sft       {"conversations": [{"role", "content", "reasoning_content"?, "tools"?, "tool_calls"?}, ...]}
     dpo       {"chosen": [messages], "rejected": [messages]}
-    rlaif     {"conversations": [..., {"role": "assistant", "content": "<placeholder>"}]}
+    rlaif     {"conversations": [..., {"role": "assistant", "content": "<placeholder>"}], "answer"?: value}
     agent     {"conversations": [system with tools, user, ...], "gt": [expected values]}
 
 LoRA and reasoning data use the sft format. Whatever the file (.jsonl, .json, .parquet, or the name of a
@@ -235,13 +235,17 @@ def validate(row, kind):
     if not any(message["role"] == "user" for message in messages):
         raise RowError("no user turn, so there is nothing to answer")
     if kind == "rlaif":
-        return {"conversations": (messages, tools)}
-    gt = _need(row, "gt")
+        gt = next((row[name] for name in ("gt", "answer") if row.get(name) is not None), None)
+        if gt is None:
+            return {"conversations": (messages, tools)}
+        gt = gt if isinstance(gt, list) else [gt]
+    else:
+        gt = _need(row, "gt")
     if not isinstance(gt, list):
         raise RowError(f'"gt" must be a list of expected values, this is {_type(gt)}')
     return {
         "conversations": (messages, tools),
-        "gt": [value if isinstance(value, str) else str(value) for value in gt],
+        "gt": [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in gt],
     }
 
 

@@ -231,10 +231,14 @@ def first_prompts(batch: dict) -> list[list[list[int]]]:
     return prompts
 
 
-def rows_of(sequences: list[tuple[list[int], int]], max_seq_len: int, pad_id: int) -> dict:
+def rows_of(sequences: list[tuple[list[int], int]], max_seq_len: int, pad_id: int, numbers=None) -> dict:
     """(ids, length of the prompt) of each sequence -> input_ids, labels, position_ids (R, T), packed; T is
     the longest sequence, at most max_seq_len, rounded up. What follows the prompt is a target. No sequences:
-    one row of padding."""
+    one row of padding.
+
+    numbers: for each sequence an int array, one entry per id: the number under which the caller keeps what
+    belongs to that token, -1 for a token that is no target; they come back as `tokens` (R, T).
+    """
     from dataset import packing
 
     sequences = [(ids[:max_seq_len], prompt) for ids, prompt in sequences]
@@ -243,17 +247,22 @@ def rows_of(sequences: list[tuple[list[int], int]], max_seq_len: int, pad_id: in
     order, offsets = packing.rows(lengths, width)
     rows = max(1, len(offsets) - 1)
     input_ids, labels = np.full((rows, width), pad_id), np.full((rows, width), IGNORE)
-    position_ids = np.tile(np.arange(width), (rows, 1))
+    position_ids, tokens = np.tile(np.arange(width), (rows, 1)), np.full((rows, width), -1)
     for row in range(len(offsets) - 1):
         place = 0
         for number in order[offsets[row] : offsets[row + 1]]:
             ids, prompt = sequences[number]
             part = slice(place, place + len(ids))
             input_ids[row, part], position_ids[row, part] = ids, np.arange(len(ids))
-            labels[row, place + prompt : place + len(ids)] = ids[prompt:]
+            if numbers is None:
+                labels[row, place + prompt : place + len(ids)] = ids[prompt:]
+            else:
+                tokens[row, part] = numbers[number]
             place += len(ids)
         position_ids[row, place:] = np.arange(width - place)
     arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    if numbers is not None:
+        arrays |= {"labels": np.where(tokens >= 0, input_ids, IGNORE), "tokens": tokens}
     return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
 

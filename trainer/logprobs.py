@@ -61,17 +61,23 @@ class TokenLogProbs(torch.autograd.Function):
     save."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
+    def forward(ctx, hidden, weight, targets, with_entropy):
         ctx.save_for_backward(hidden, weight, targets)
         w = weight.to(hidden.dtype)
-        parts = []
+        empty = full_precision(hidden).new_zeros(0)
+        logps, entropies = [empty], [empty]
         for part in chunks(hidden):
             logits = full_precision(hidden[part] @ w.T)
-            parts.append(logits.gather(1, targets[part, None]).squeeze(1) - logits.logsumexp(-1))
-        return torch.cat(parts) if parts else full_precision(hidden).new_zeros(0)
+            total = logits.logsumexp(-1)
+            logps.append(logits.gather(1, targets[part, None]).squeeze(1) - total)
+            if with_entropy:
+                entropies.append(total - (logits.softmax(-1) * logits).sum(-1))
+        logps, entropies = torch.cat(logps), torch.cat(entropies)
+        ctx.mark_non_differentiable(entropies)
+        return logps, entropies
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         hidden, weight, targets = ctx.saved_tensors
         w = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
@@ -83,13 +89,22 @@ class TokenLogProbs(torch.autograd.Function):
             torch.mm(by_logits, w, out=grad_hidden[part])
             if ctx.needs_input_grad[1]:
                 grad_weight += by_logits.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+        return grad_hidden, grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None
 
 
 def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """hidden (n, D), weight (V, D), targets (n,) -> log-probabilities (n,), float32 (float64 for float64)."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return TokenLogProbs.apply(hidden, weight, targets)
+        return TokenLogProbs.apply(hidden, weight, targets, False)[0]
+
+
+def token_logprobs_and_entropy(hidden, weight, targets, temperature=1.0):
+    """As `token_logprobs` of the distribution softmax(logits / temperature), and the entropy of that
+    distribution at every position (n,), in nats and without a gradient."""
+    if temperature != 1:
+        hidden = hidden / temperature
+    with torch.autocast(hidden.device.type, enabled=False):
+        return TokenLogProbs.apply(hidden, weight, targets, True)
 
 
 class LinearLossSum(torch.autograd.Function):

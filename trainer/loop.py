@@ -18,7 +18,9 @@ import functools
 from trainer import batches, checkpoint, cli, optim, progress, runtime
 
 
-def optimizer_step(model, micro_batches, optimizers, lr_factor, args, rt, micro_loss, counts=None) -> dict:
+def optimizer_step(
+    model, micro_batches, optimizers, lr_factor, args, rt, micro_loss, counts=None, refuse=None
+) -> dict:
     """One optimizer step over micro-batches and processes; returns what the log wants.
 
     counts: what this process divides its sums by, {"loss": its targets, ...}; default: targets for "loss",
@@ -26,6 +28,8 @@ def optimizer_step(model, micro_batches, optimizers, lr_factor, args, rt, micro_
     micro_loss(model, batch, totals) -> (this micro-batch's share of the loss, {name: sum for the log}), where
     `totals` are those counts of the whole step. A sum whose name has no count is counted as "loss" is.
     A step in which there is nothing to learn (zero for "loss") changes nothing and is counted.
+    refuse(means) -> bool, asked before the optimizers move: True leaves everything as it was, momentum too, and
+    the log's line says "refused". means: every sum over all processes, divided by its count.
     """
     lr = optim.set_lr(optimizers, lr_factor)
     if counts is None:
@@ -42,6 +46,12 @@ def optimizer_step(model, micro_batches, optimizers, lr_factor, args, rt, micro_
             runtime.backward(loss, rt)
         for name, part in parts.items():
             sums[name] = sums.get(name, 0.0) + part.detach()
+    if refuse is not None:
+        names = sorted(sums)
+        added = dict(zip(names, runtime.total([float(sums[name]) for name in names], rt)))
+        if refuse({name: added[name] / max(totals.get(name, totals["loss"]), 1) for name in names}):
+            model.zero_grad(set_to_none=True)
+            return {"lr": lr, "refused": (1, 1)}
     grad_norm = runtime.optimizer_step(model, optimizers, rt, args.grad_clip)
     ratios = {name: (total, counts.get(name, counts["loss"])) for name, total in sums.items()}
     return {"lr": lr, "grad_norm": grad_norm, "num_tokens": micro_batches.num_tokens, **ratios}
@@ -91,7 +101,8 @@ class Run:
     def fit(self, model, optimizers, update, validate, before=False, **extra):
         """All steps: `update(step, micro_batches, lr_factor)` makes one and returns its line of the log,
         `validate(model)` the held-out metrics. before: validate first of all, so that the last lines can say
-        what the stage changed. extra: goes into the resume file, as it is at the end of the first step."""
+        what the stage changed. extra: goes into the resume file; what changes during the run is given as a
+        function that is asked at every save."""
         args, rt = self.args, self.rt
 
         def make(step, micro_batches):
@@ -115,8 +126,9 @@ class Run:
         log.catch_up(made)
 
         def save():
+            now = {name: value() if callable(value) else value for name, value in extra.items()}
             checkpoint.save(
-                model, optimizers, args, rt, about, log, written, self.save_weights, self.frozen_base, **extra
+                model, optimizers, args, rt, about, log, written, self.save_weights, self.frozen_base, **now
             )
 
         for step, micro_batches in batches.training_steps(self.train, args, rt, log.done):

@@ -57,7 +57,7 @@ class Progress:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = read_log(self.path, up_to=start_step) if start_step else []
         if start_step == self.total_steps:  # a finished run: its last validation will be written again
-            lines = [x for x in lines if not (x["step"] == start_step and "val_loss" in x)]
+            lines = [x for x in lines if x["step"] != start_step or not any(n.startswith("val_") for n in x)]
         header = {"event": "resume" if start_step else "start", "step": start_step, **describe_run(self.args)}
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text("".join(json.dumps(x) + "\n" for x in [*lines, header]), encoding="utf-8")

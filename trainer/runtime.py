@@ -343,6 +343,26 @@ def broadcast(x, rt: Runtime):
     return box[0]
 
 
+def spread(values, rt: Runtime | None = None) -> tuple[float, float]:
+    """Mean and standard deviation (of a sample, n - 1) of numbers over all processes, in float64."""
+    values = values.double().flatten()
+    sums = [float(values.sum()), len(values)]
+    total_sum, count = sums if rt is None else total(sums, rt)
+    mean = total_sum / max(count, 1)
+    squares = float(((values - mean) ** 2).sum())
+    squares = squares if rt is None else total(squares, rt)
+    return mean, math.sqrt(squares / max(count - 1, 1))
+
+
+def gather(x, rt: Runtime) -> list:
+    """Every process's value of a small Python object, in order of rank, on every rank."""
+    if rt.world_size == 1:
+        return [x]
+    found = [None] * rt.world_size
+    dist.all_gather_object(found, x, group=rt.host_group)
+    return found
+
+
 @contextlib.contextmanager
 def main_first(rt: Runtime):
     """The first process of each machine does the work (say, builds the token cache); the others find it
