@@ -131,11 +131,13 @@ class Course:
         if val is None:
             return found
         rollout.send_weights(self.engine, model, self.tokenizer, self.run.log.done if self.run.log else 0, rt)
-        figures, samples = rollout.held_out_success(self.engine, val, args, rt, self.tokenizer, self.play)
-        rewards, _, _ = self.rewards_of(samples, val)
+        figures, greedy, sampled = rollout.held_out_success(
+            self.engine, val, args, rt, self.tokenizer, self.play
+        )
+        rewards, _, _ = self.rewards_of(greedy, val)
         total, count = runtime.total([sum(rewards), len(rewards)], rt)
         figures["val_reward"] = total / max(count, 1)
-        kl = self.held_out_kl(model, samples)
+        kl = self.held_out_kl(model, sampled)
         if kl is not None:
             figures["val_kl"] = kl
         success = figures.get("val_pass1")

@@ -23,8 +23,6 @@ DEFAULTS = dict(
     save_interval=50,
     val_fraction=0.05,
     pack=cli.ABSENT,
-    num_workers=cli.ABSENT,
-    cache_dir=cli.ABSENT,
 )
 
 

@@ -85,7 +85,9 @@ class LocalEngine:
         )
 
     def update(self, model, tokenizer, version: int):
-        """Nothing to send: the generator notices that the parameters have changed."""
+        """Take the weights as they are now. (The generator looks for changes itself, but torch's fused
+        optimizers change parameters without a trace.)"""
+        self.generator.refresh()
         self.version = version
 
 
@@ -339,37 +341,32 @@ def score(model, micro_batches, num_tokens, args, rt, values=policy_logprobs, **
 # --------------------------------------------------------------------------------------------------
 
 
-def held_out_success(engine, val, args, rt, tokenizer, play=None) -> dict:
-    """val_pass1: share of held-out prompts whose likeliest answer is right; val_pass{k}: that have a right one
-    among k samples; val_length: tokens of the likeliest answers; val_ended: of those that end by themselves.
-    {} without held-out prompts; only the last two when nobody knows the answers."""
+def held_out_success(engine, val, args, rt, tokenizer, play) -> tuple[dict, list, list]:
+    """Figures of held-out prompts, the likeliest answers, and --pass_k samples of each prompt.
+
+    val_pass1: share of prompts whose likeliest answer is right; val_pass{k}: that have a right one among k
+    samples (both only where answers can be checked); val_length: tokens of the likeliest answers; val_ended:
+    of them, those that end by themselves.
+    """
     from trainer.rewards import verified
 
-    if val is None:
-        return {}
-    play = play or play_once
-    mine = list(range(rt.rank, len(val), rt.world_size))
+    mine, k = list(range(rt.rank, len(val), rt.world_size)), args.pass_k
     greedy = play(engine, val, mine, mine, -1, args, tokenizer, num_answers=1, greedy=True)
-    right = [verified(describe(s, val, args, tokenizer)) for s in greedy]
+    sampled = play(engine, val, mine, mine, -2, args, tokenizer, num_answers=k) if k else []
+    right, hits = ([verified(describe(s, val, args)) or 0.0 for s in samples] for samples in (greedy, sampled))
     counts = [
-        len(greedy),
         sum(s.num_sampled for s in greedy),
         sum(s.finish_reason == "eos" for s in greedy),
-        sum(r is not None for r in right),
-        sum(r or 0.0 for r in right),
-        0.0,
+        sum(val[row].expected is not None for row in mine),
+        sum(right),
+        sum(max(hits[i : i + k]) for i in range(0, len(hits), k or 1)),
     ]
-    if args.pass_k and val.verifiable:
-        samples = play(engine, val, mine, mine, -2, args, tokenizer, num_answers=args.pass_k)
-        hits = [verified(describe(s, val, args, tokenizer)) for s in samples]
-        counts[5] = float(sum(max(hits[i : i + args.pass_k]) for i in range(0, len(hits), args.pass_k)))
-    number, length, ended, known, passed, any_right = runtime.total(counts, rt)
-    found = {"val_length": length / number, "val_ended": ended / number}
+    length, ended, known, passed, any_right = runtime.total(list(map(float, counts)), rt)
+    found = {"val_length": length / len(val), "val_ended": ended / len(val)}
     if known:
         found["val_pass1"] = passed / known
-        if args.pass_k and val.verifiable:
-            found[f"val_pass{args.pass_k}"] = any_right / known
-    return found
+        found |= {f"val_pass{k}": any_right / known} if k else {}
+    return found, greedy, sampled
 
 
 def play_once(engine, prompts, rows, places, step, args, tokenizer, num_answers, greedy=False):
@@ -382,7 +379,7 @@ def play_once(engine, prompts, rows, places, step, args, tokenizer, num_answers,
     return answer(engine, prompts, rows, places, step, cold, tokenizer, num_answers)
 
 
-def describe(sample: Sample, prompts, args, tokenizer=None):
+def describe(sample: Sample, prompts, args):
     """A sample as the rewards see it (trainer/rewards.py)."""
     from trainer.rewards import Answer
 

@@ -38,7 +38,7 @@ def parse_args(argv=None):
         learning_rate=3e-6,
         default_data="dataset/agent_rl.jsonl or agent_rl_math.jsonl, else the embedded curriculum",
     )
-    parser.set_defaults(exact=True)
+    parser.set_defaults(exact=True, pack=1)
     rl_flags.add_rollout(parser, num_generations=8, max_gen_len=256)
     parser.add_argument(
         "--max_turns", type=cli.positive_int, default=4, metavar="N", help="turns of the policy at most"

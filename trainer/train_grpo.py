@@ -154,7 +154,7 @@ def parse_args(argv=None):
         learning_rate=3e-6,
         default_data="dataset/rlaif.jsonl or rlaif-mini.jsonl, else the embedded curriculum",
     )
-    parser.set_defaults(exact=True)
+    parser.set_defaults(exact=True, pack=1)
     rl_flags.add_rollout(parser, num_generations=8, max_gen_len=256)
     rl_flags.add_rewards(parser)
     g = rl_flags.add_update(parser, beta=0.0)

@@ -152,7 +152,7 @@ def parse_args(argv=None):
         learning_rate=3e-6,
         default_data="dataset/rlaif.jsonl or rlaif-mini.jsonl, else the embedded curriculum",
     )
-    parser.set_defaults(exact=True, loss_type="dapo")
+    parser.set_defaults(exact=True, pack=1, loss_type="dapo")
     rl_flags.add_rollout(parser, num_generations=None, max_gen_len=256)
     rl_flags.add_rewards(parser)
     g = rl_flags.add_update(parser, beta=0.0)
@@ -193,7 +193,7 @@ def parse_args(argv=None):
 def main(args):
     import torch
 
-    from trainer import batches, loop, rl_metrics, rollout, runtime
+    from trainer import batches, loop, rollout, runtime
     from trainer.rl import Course, mini_batches
 
     rt = runtime.start(args)
