@@ -25,6 +25,7 @@ class StepBatches(list):
     was counted while they were still on the CPU."""
 
     num_targets = 0  # valid labels of this process
+    num_shown = 0  # of them, those that are computed (a label without a gradient need not be)
     weight = 0.0  # sum of their loss_weights, where a stage has such
     num_tokens = 0  # tokens that are not padding, of this process
     num_rows = 0  # rows of this process that hold data

@@ -77,9 +77,9 @@ class Course:
         rewards, parts = self.rate(answers)
         return rewards, parts, [verified(a) for a in answers]
 
-    def old_logprobs(self, trajectories):
-        """log pi_old of every sampled token, by the code that trains."""
-        return self.scores(self.model, trajectories)
+    def old_logprobs(self, trajectories, silent=()):
+        """log pi_old of every sampled token, by the code that trains; not of the samples `silent`."""
+        return self.scores(self.model, trajectories, silent)
 
     def reference_logprobs(self, trajectories):
         """Of the model that the run began with; None when no loss wants them."""
@@ -87,11 +87,11 @@ class Course:
             return None
         return self.scores(self.reference, trajectories)
 
-    def scores(self, model, trajectories):
+    def scores(self, model, trajectories, silent=()):
         args, rt = self.args, self.rt
         head = runtime.bare(model).lm_head.weight
         everything = trajectories.micro_batches(
-            range(len(trajectories)), args, self.tokenizer.pad_token_id, rt
+            range(len(trajectories)), args, self.tokenizer.pad_token_id, rt, silent
         )
         return rollout.score(
             runtime.bare(model), everything, len(trajectories.sampler), args, rt,

@@ -20,6 +20,9 @@ from trainer.progress import read_log
 # --------------------------------------------------------------------------------------------------
 
 
+TOKEN_FIGURES = ("entropy", "clip_low", "clip_high", "drift", "mismatch", "kl", "kl_k1")
+
+
 def token_figures(logps, old, entropy, advantages, mismatch, epsilon, epsilon_high, args) -> dict:
     """Sums over the sampled tokens of a micro-batch.
 
@@ -40,6 +43,14 @@ def token_figures(logps, old, entropy, advantages, mismatch, epsilon, epsilon_hi
         "drift": (ratio - 1 - log_ratio).sum(),
         "mismatch": mismatch.abs().sum(),
     }
+
+
+def counts_of(micro_batches) -> dict:
+    """What the sums of an update are divided by: its sampled tokens ("loss"), its answers; figures of tokens by
+    those tokens that were computed."""
+    counts = {"loss": micro_batches.num_targets, "answers": micro_batches.num_rows}
+    counts["aux_loss"] = len(micro_batches)
+    return counts | dict.fromkeys(TOKEN_FIGURES, micro_batches.num_shown)
 
 
 def kl_figures(logps, reference) -> dict:

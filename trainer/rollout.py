@@ -278,10 +278,11 @@ class Trajectories:
         table[exists] = values
         return table, exists
 
-    def micro_batches(self, which, args, pad_id, rt) -> batches.StepBatches:
+    def micro_batches(self, which, args, pad_id, rt, silent=()) -> batches.StepBatches:
         """The samples `which`, packed into rows, in micro-batches of at most --tokens_at_once tokens. Each has
         input_ids, labels, position_ids and tokens (R, T): the number of a sampled token, -1 for every other.
-        At least one micro-batch, so that every process takes part in the exchange of gradients."""
+        At least one micro-batch, so that every process takes part in the exchange of gradients. silent: samples
+        that need not be computed because they have no gradient; they are counted all the same."""
         import numpy as np
 
         limit = args.tokens_at_once or (4096 if rt.device.type == "cpu" else 32768)
@@ -289,7 +290,8 @@ class Trajectories:
         firsts = self.first.tolist()
         sizes = {i: len(self.samples[i].prompt) + len(self.samples[i].ids) for i in which}
         parts, tokens, longest = [[]], 0, 0
-        shown = [i for i in which if any(self.taught[i])]
+        silent = set(silent)
+        shown = [i for i in which if any(self.taught[i]) and i not in silent]
         for i in sorted(shown, key=lambda i: (-sizes[i], i)):  # neighbours of like length pack best
             longest = max(longest, sizes[i])
             if parts[-1] and tokens + sizes[i] > limit:
@@ -304,10 +306,11 @@ class Trajectories:
                 own = np.array([False] * len(sample.prompt) + self.taught[i])
                 sequences.append((sample.prompt + sample.ids, len(sample.prompt)))
                 numbers.append(np.where(own, firsts[i] + own.cumsum() - 1, -1))
-            batch = batches.rows_of(sequences, max(longest, 2), pad_id, numbers)
+            batch = batches.rows_of(sequences, -(-max(longest, 2) // 32) * 32, pad_id, numbers)
             step.append({name: tensor.to(rt.device) for name, tensor in batch.items()})
         step.num_targets = sum(sum(self.taught[i]) for i in which)
-        step.num_tokens = sum(sizes.values())
+        step.num_shown = sum(sum(self.taught[i]) for i in shown)
+        step.num_tokens = sum(sizes[i] for i in shown)
         step.num_rows = len(which)
         return step
 

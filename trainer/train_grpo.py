@@ -218,7 +218,7 @@ def learn_from_groups(course, groups, offered, step, lr_factor):
     line of the log. offered: groups that were sampled to find these."""
     import torch
 
-    from trainer import loop, rl_metrics
+    from trainer import loop, rl_metrics, runtime
     from trainer.rl import mini_batches
     from trainer.rollout import Trajectories
 
@@ -233,20 +233,19 @@ def learn_from_groups(course, groups, offered, step, lr_factor):
 
     own = Trajectories(samples, rt.device, without_cut=args.overlong == "mask")
     own.advantages = own.spread(advantages.flatten())
+    silent = []  # without an advantage, a KL or a balance loss there is no gradient to compute
+    if course.reference is None and not runtime.bare(course.model).config.use_moe:
+        silent = (advantages.flatten() == 0).nonzero().flatten().tolist()
     with course.timed("score_s"):
         minis = mini_batches(len(samples), args, step, rt)
-        own.old = course.old_logprobs(own) if len(minis) > 1 else None  # else it is the policy itself
+        own.old = course.old_logprobs(own, silent) if len(minis) > 1 else None  # else it is the policy itself
         own.reference = course.reference_logprobs(own)
     step_loss = functools.partial(grpo_loss, head=course.head, step=own, args=args)
     updates = []
     with course.timed("update_s"):
         for which in minis:
-            micro_batches = own.micro_batches(which, args, course.tokenizer.pad_token_id, rt)
-            counts = {
-                "loss": micro_batches.num_targets,
-                "answers": len(which),
-                "aux_loss": len(micro_batches),
-            }
+            micro_batches = own.micro_batches(which, args, course.tokenizer.pad_token_id, rt, silent)
+            counts = rl_metrics.counts_of(micro_batches)
             if not rl_metrics.anything(own.advantages, which, own, args, rt):
                 counts["loss"] = 0  # no group differs: momentum alone must not move the weights
             updates.append(

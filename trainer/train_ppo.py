@@ -281,7 +281,7 @@ def main(args):
         with course.timed("update_s"):
             for number, which in enumerate(mini_batches(len(samples), args, step, rt)):
                 batch = own.micro_batches(which, args, pad_id, rt)
-                counts = {"loss": batch.num_targets, "aux_loss": len(batch)}
+                counts = rl_metrics.counts_of(batch)
                 if not stopped and step >= args.critic_warmup:
                     made = loop.optimizer_step(
                         course.model,

@@ -193,7 +193,7 @@ def parse_args(argv=None):
 def main(args):
     import torch
 
-    from trainer import batches, loop, rollout, runtime
+    from trainer import batches, loop, rl_metrics, rollout, runtime
     from trainer.rl import Course, mini_batches
 
     rt = runtime.start(args)
@@ -253,7 +253,7 @@ def main(args):
         with course.timed("update_s"):
             for which in mini_batches(len(samples), args, step, rt):
                 batch = own.micro_batches(which, args, course.tokenizer.pad_token_id, rt)
-                counts = {"loss": batch.num_targets, "answers": len(which), "aux_loss": len(batch)}
+                counts = rl_metrics.counts_of(batch)
                 updates.append(
                     loop.optimizer_step(
                         course.model, batch, course.optimizers, lr_factor, args, rt, step_loss, counts
