@@ -1,0 +1,255 @@
+"""What holds for every stage of reinforcement learning: resume is exact, two processes make the weights of one,
+and what is logged is true."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rl_helpers
+import torch
+from rl_helpers import ROWS, SAVED, train
+from stage_helpers import base_weights, plain_descent, refused
+from test_distributed import free_ports
+from test_resume import train_and_kill
+from train_helpers import REPO, assert_bit_equal, largest_difference, log_lines, weights, write_lines
+
+STAGES = list(SAVED)
+TIMED = {"tokens_per_s", "mfu", "memory_gb", "time_s", "eta_min", "rollout_s", "score_s", "update_s"}
+# More than one update per step, so that ratios differ from 1 and a critic, a tracker, a reference have a say.
+BUSY = {
+    "grpo": "--update_iters 2 --mini_batch_size 6 --beta 0.05".split(),
+    "ppo": "--update_iters 2 --mini_batch_size 2 --early_stop_kl 0".split(),
+    "spo": "--update_iters 2 --mini_batch_size 2".split(),
+    "agent": "--update_iters 2 --mini_batch_size 6 --loss_type dapo".split(),
+}
+
+
+def lines(folder, stage):
+    """The log without events and times."""
+    return [
+        {key: value for key, value in line.items() if key not in TIMED}
+        for line in log_lines(folder, SAVED[stage])
+        if "event" not in line
+    ]
+
+
+def file_of(stage):
+    return f"{SAVED[stage]}_32.pth"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Resume
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, stage):
+    """Weights bit by bit, and the same rollouts."""
+    more = [*BUSY[stage], "--val_fraction", 0.2, "--val_interval", 3, "--debug_interval", 1]
+    train(stage, tmp_path / "whole", *more, steps=12)
+    updates = 2 * (2 if stage in ("ppo", "spo") else 2)
+    at = random.randint(2 * updates + 1, 8 * updates)
+    print(f"killed in update {at}")
+    train_and_kill(stage, tmp_path / "broken", more, "runtime.optimizer_step", at, "rl_helpers")
+    train(stage, tmp_path / "broken", *more, "--from_resume", 1, steps=12)
+    assert_bit_equal(weights(tmp_path / "whole", file_of(stage)), weights(tmp_path / "broken", file_of(stage)))
+    assert lines(tmp_path / "whole", stage) == lines(tmp_path / "broken", stage)
+    texts = [(tmp_path / d / f"out/{SAVED[stage]}_samples.jsonl").read_bytes() for d in ("whole", "broken")]
+    assert texts[0] == texts[1] and texts[0].count(b"\n") > 12
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Two processes
+# ----------------------------------------------------------------------------------------------------------
+
+
+def run(folder, stage):
+    """A run of one process, or of one of two."""
+    with pytest.MonkeyPatch.context() as patch:
+        plain_descent(patch, 0.05)
+        more = [*BUSY[stage], "--grad_clip", 0, "--val_path", folder / "val.jsonl", "--val_interval", 2]
+        more += ["--mini_batch_size", 0]  # minibatches are cut by process: one of all answers is the same one
+        train(stage, folder, *more, steps=3)
+
+
+def be_a_process(top, rank, ports):
+    """Run by each of the two processes. Every rank leaves its weights, after every step."""
+    from trainer import runtime
+
+    os.environ.update(
+        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"
+    )
+    original = runtime.optimizer_step
+    for stage, port in zip(STAGES, json.loads(ports)):
+        os.environ["MASTER_PORT"] = str(port)
+        seen = []
+
+        def step(model, *rest):
+            norm = original(model, *rest)
+            seen.append([p.detach().clone() for p in runtime.bare(model).parameters()])
+            return norm
+
+        runtime.optimizer_step = step
+        run(Path(top) / stage, stage)
+        torch.save(seen, Path(top) / f"{stage}_{rank}.pt")
+
+
+def start_two(top, mutation="") -> list[str]:
+    code = f"import sys; sys.path.insert(0, {str(REPO / 'tests')!r}); import test_rl_stages\n{mutation}\n"
+    code += "test_rl_stages.be_a_process(*sys.argv[1:])"
+    command, ports = [sys.executable, "-c", code, str(top)], json.dumps(free_ports(len(STAGES)))
+    processes = [
+        subprocess.Popen([*command, rank, ports], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in "01"
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return outputs
+
+
+def write_files(top):
+    for stage in STAGES:
+        write_lines(top / stage, "data.jsonl", ROWS[stage](9))
+        write_lines(top / stage, "val.jsonl", ROWS[stage](5, seed=3))
+        base_weights(top / stage)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Folders "one" and "two": the same runs by one process and by two."""
+    top = tmp_path_factory.mktemp("both")
+    for folder in ("one", "two"):
+        write_files(top / folder)
+    for stage in STAGES:
+        run(top / "one" / stage, stage)
+    start_two(top / "two")
+    return top
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_both_processes_hold_the_same_weights_after_every_update(both, stage):
+    first, second = (torch.load(both / "two" / f"{stage}_{rank}.pt") for rank in "01")
+    assert len(first) == len(second) >= 3
+    for mine, other in zip(first, second):
+        assert all(a.equal(b) for a, b in zip(mine, other))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_make_the_weights_of_one(both, stage):
+    one, two = (weights(both / folder / stage, file_of(stage)) for folder in ("one", "two"))
+    base = weights(both / "one" / stage, "full_sft_32.pth")
+    assert largest_difference(one, base) > 1e-4
+    assert largest_difference(one, two) < 1e-6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_log_what_one_does(both, stage):
+    one, two = (lines(both / folder / stage, stage) for folder in ("one", "two"))
+    assert len(one) == len(two) and {"reward", "length", "entropy", "val_length"} <= set().union(*one)
+    per_process = {"explained_variance", "rho", "rho_floor", "advantage_max"}  # a mean over processes
+    for mine, other in zip(one, two):
+        mine, other = ({k: v for k, v in x.items() if k not in per_process} for x in (mine, other))
+        assert mine == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+BYPASS = """
+from trainer import rollout
+from trainer.runtime import bare
+original = rollout.hidden_states
+rollout.hidden_states = lambda model, batch: original(bare(model), batch)
+"""
+
+
+def test_a_forward_pass_around_the_wrapper_would_be_noticed(tmp_path):
+    """The defect of the reference implementations: nothing averages the gradients, every process trains a model
+    of its own."""
+    write_files(tmp_path)
+    start_two(tmp_path, BYPASS)
+    first, second = (torch.load(tmp_path / f"grpo_{rank}.pt") for rank in "01")
+    assert not all(a.equal(b) for a, b in zip(first[-1], second[-1]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Steps
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_first_update_finds_a_policy_that_has_not_moved(tmp_path, stage):
+    """Ratio 1, no drift, no KL to the model that the run began with, and the sampler's own log-probabilities."""
+    beta = ["--beta", "0.1"]
+    train(stage, tmp_path, *beta, "--mini_batch_size", 0, "--update_iters", 1, steps=1)
+    (line,) = [x for x in lines(tmp_path, stage) if "reward" in x]
+    assert line["drift"] == 0 and abs(line["kl"]) < 1e-8 and line["kl_k1"] == 0
+    assert line["clip_low"] == line["clip_high"] == 0
+    assert line["mismatch"] < 1e-5 and abs(line["ratio_max"] - 1) < 1e-4 and line["ess"] > 0.9999
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_learns_what_it_is_paid_for(tmp_path, stage):
+    """Short answers: the reward is a matter of when to stop."""
+    more = "--reward length:1 --max_gen_len 24 --learning_rate 5e-3 --batch_size 8".split()
+    more += {"grpo": ["--num_generations", "8"], "agent": ["--num_generations", "8"]}.get(stage, [])
+    more += ["--critic_learning_rate", "1e-2"] if stage == "ppo" else []
+    train(stage, tmp_path, *more, steps=12)
+    rewards = [x["reward"] for x in lines(tmp_path, stage) if "reward" in x]
+    assert sum(rewards[-3:]) != pytest.approx(sum(rewards[:3]), abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_mixtures_train(tmp_path, stage):
+    train(stage, tmp_path, *rl_helpers.MOE, steps=2)
+    (line, *_) = [x for x in lines(tmp_path, stage) if "reward" in x]
+    assert line["aux_loss"] > 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_samples_are_written_and_shown(tmp_path, stage, capsys):
+    train(stage, tmp_path, "--debug_mode", "--debug_interval", 2, steps=3)
+    shown = capsys.readouterr().out
+    samples = [
+        json.loads(x)
+        for x in (tmp_path / f"out/{SAVED[stage]}_samples.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert {s["step"] for s in samples} == {1, 3} and "tokens are the policy's" in shown and ">>" in shown
+    for sample in samples:
+        assert len(sample["ids"]) == len(sample["mask"]) == len(sample["logprobs"])
+        assert sample["version"] == sample["step"] - 1
+        assert set(sample["parts"]) == {"length", "repetition"}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Bad input
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bad_input_ends_in_one_line(tmp_path, stage, capsys):
+    def check(pattern, *more):
+        return refused(capsys, pattern, train, stage, tmp_path, *more)
+
+    check("--dropout", "--dropout", 0.1)
+    check("reward", "--reward", "nonsense:1")
+    check("train_reward.py", "--reward", "model:1")
+    check("fits into --max_seq_len", "--max_seq_len", 8)
+    check("--judge_url", "--reward", "judge:1")
+    write_lines(tmp_path, "bad.jsonl", [{"conversations": [{"role": "assistant", "content": "x"}]}])
+    check(r"bad\.jsonl:1: no user turn", "--data_path", tmp_path / "bad.jsonl")
+    if stage == "agent":
+        rows = [{key: row[key] for key in ("conversations",)} for row in ROWS["agent"](2)]
+        write_lines(tmp_path, "nogt.jsonl", rows)
+        check(r"nogt\.jsonl:1: .*gt", "--data_path", tmp_path / "nogt.jsonl")
+        check("--max_total_len", "--max_total_len", 100)
+
+
+def test_a_server_that_is_not_there(tmp_path, capsys):
+    more = ["--rollout_engine", "sglang", "--rollout_url", "http://127.0.0.1:9"]
+    refused(capsys, "127.0.0.1:9", train, "grpo", tmp_path, *more)
