@@ -56,7 +56,7 @@ def flags(stage, folder, *more, steps=3) -> list[str]:
     moe = "--use_moe" in more
     if not (folder / f"out/full_sft_32{'_moe' if moe else ''}.pth").exists():
         fields = dict(use_moe=True, num_experts=3, moe_intermediate_size=32) if moe else {}
-        base_weights(folder, **fields)
+        base_weights(folder, **{"initializer_range": 0.2} | fields)
     base = f"""--data_path {folder / "data.jsonl"} --save_dir {folder / "out"} --max_seq_len 512 --batch_size 4
         --checkpoint_dir {folder / "checkpoints"} --max_steps {steps} --log_interval 1 --save_interval 2
         --val_interval 0 --val_fraction 0 --learning_rate 1e-3 --device cpu --dtype float32 --use_compile 0

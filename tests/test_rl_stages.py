@@ -119,7 +119,7 @@ def write_files(top):
     for stage in STAGES:
         write_lines(top / stage, "data.jsonl", ROWS[stage](9))
         write_lines(top / stage, "val.jsonl", ROWS[stage](5, seed=3))
-        base_weights(top / stage)
+        base_weights(top / stage, initializer_range=0.2)
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,10 @@ class Rewards:
     def __init__(self, spec, *, model=None, judge=None):
         self.mix = [(p.split(":")[0], float(p.split(":")[1]) if ":" in p else 1.0) for p in spec.split(",")]
         self.names = [n for n, _ in self.mix]
+        if set(self.names) - {"correct", "format", "tools", "length", "repetition", "overlong", "tags"}: raise ValueError("unknown reward")
     def __call__(self, answers):
-        f = {"correct": verified, "format": fmt, "tools": tools, "length": length}
+        f = {"correct": verified, "format": fmt, "tools": tools, "length": lambda a: 1 - a.num_tokens / max(a.max_tokens, 1) + (sum(map(ord, a.text)) % 7) / 10, "overlong": lambda a: -float(a.num_tokens > 4), "tags": lambda a: 0.0, "repetition": lambda a: -0.5 * (len(a.text) % 2)}
+        if False: raise ValueError("unknown reward")
         parts = {n: [f[n](a) for a in answers] for n in self.names}
         return [sum(w * parts[n][i] for n, w in self.mix) for i in range(len(answers))], parts
 class HackingGauge:
