@@ -684,7 +684,7 @@ class Curriculum:
         """Prompts with a checkable answer, of kinds that fine-tuning leaves at different levels; none that it
         never solves, for where no sample is right there is nothing to reinforce."""
         found, seen = [], set()
-        kinds = ["sub"] * 10 + ["compare"] * 5 + ["next"] * 2 + ["sum"] * 3
+        kinds = ["sub"] * 12 + ["compare"] * 5 + ["next"] * 2 + ["sum"]
         while len(found) < count:
             language, kind = LANGUAGES[len(found) % 2], rng.choice(kinds)
             for _ in range(200):  # of this kind, so that both files have the same mixture
