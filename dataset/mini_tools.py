@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import math
 import operator
+import re
+import unicodedata
 
 MAX_TEXT = 2000
 MAX_VALUE = 10**12
+MAX_EXPRESSION = 200  # characters
+DECIMALS = 10  # of a result
+MAX_ERROR = 200  # characters
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -32,6 +38,45 @@ UNITS = {
     ("day", "hour"): 24,
     ("week", "day"): 7,
 }
+# The curriculum draws from UNITS; what only a call may ask for stands here: sizes in the unit of size 1.
+SIZES = {
+    "length": {
+        "km": 1_000_000,
+        "m": 1000,
+        "cm": 10,
+        "mm": 1,
+        "mile": 1_609_344,
+        "foot": 304.8,
+        "inch": 25.4,
+    },
+    "weight": {"t": 1_000_000, "kg": 1000, "斤": 500, "g": 1, "mg": 0.001, "pound": 453.59237},
+    "time": {"week": 604_800, "day": 86_400, "hour": 3600, "minute": 60, "second": 1},
+}
+TEMPERATURES = {"celsius": (0, 1), "fahrenheit": (32, 5 / 9), "kelvin": (273.15, 1)}  # (zero point, degree)
+UNIT_NAMES = {
+    "km": "kilometer kilometre 公里 千米",
+    "m": "meter metre 米",
+    "cm": "centimeter centimetre 厘米",
+    "mm": "millimeter millimetre 毫米",
+    "mile": "mi 英里",
+    "foot": "ft feet 英尺",
+    "inch": "in inches 英寸",
+    "t": "ton tonne 吨",
+    "kg": "kilogram kilogramme 千克 公斤",
+    "斤": "jin 市斤",
+    "g": "gram gramme 克",
+    "mg": "milligram 毫克",
+    "pound": "lb 磅",
+    "week": "周 星期",
+    "day": "d 天 日",
+    "hour": "h hr 小时",
+    "minute": "min 分钟 分",
+    "second": "s sec 秒 秒钟",
+    "celsius": "c °c 摄氏度 摄氏",
+    "fahrenheit": "f °f 华氏度 华氏",
+    "kelvin": "k 开尔文 开",
+}
+UNIT_OF = {name: unit for unit, names in UNIT_NAMES.items() for name in [unit, *names.split()]}
 RATES = {
     ("USD", "CNY"): 7.2,
     ("EUR", "USD"): 1.1,
@@ -95,32 +140,118 @@ def _number_of(text: str, salt: str, low: int, high: int) -> int:
     return low + int.from_bytes(digest[:4], "big") % (high - low + 1)
 
 
+def _city(name: str) -> str:
+    """The English name of a city of the curriculum, so that 北京 has the weather of Beijing."""
+    name = name.strip()
+    return {chinese: english for english, chinese in CITIES.items()}.get(name.removesuffix("市"), name)
+
+
+def _rounded(value: int | float) -> int | float:
+    """Without the noise of binary fractions: 0.1 + 0.2 is 0.3, and a whole number is an int."""
+    if isinstance(value, int):
+        return value
+    value = round(float(f"{value:.14g}"), DECIMALS)
+    return int(value) if value.is_integer() else value
+
+
+def _plain(expression: str) -> str:
+    """The expression as Python writes it. ValueError for a character that no number and no operator has."""
+    # NFKC would make 52 of 5², and 31/2 of 3½: powers become operators first, other such signs are refused
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "**" + unicodedata.normalize("NFKC", m[0]), expression)
+    if any(unicodedata.category(c) == "No" for c in text):
+        raise ValueError("write numbers with the digits 0 to 9")
+    text = unicodedata.normalize("NFKC", text).strip(" =?\t\r\n")
+    for sign, plain in (("×", "*"), ("÷", "/"), ("−", "-"), ("–", "-"), ("^", "**")):
+        text = text.replace(sign, plain)
+    text = re.sub(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?!\d)", lambda m: m[0].replace(",", ""), text).strip()
+    if not text:
+        raise ValueError("the expression is empty")
+    odd = re.search(r"[^0-9.eE_+\-*/%() \t]", text)
+    if odd:
+        hint = "; a comma only separates thousands, as in 1,310" if odd[0] == "," else ""
+        raise ValueError(f"{odd[0]!r} is not allowed, only numbers and + - * / // % ** ( ) are{hint}")
+    if len(text) > MAX_EXPRESSION:
+        raise ValueError(f"the expression has more than {MAX_EXPRESSION} characters")
+    return text
+
+
+def _power(base: int | float, exponent: int | float) -> int | float:
+    """base ** exponent, or ValueError. The size is known from the logarithm before anything is computed: the
+    digits of 9**9**9 would not fit into memory."""
+    if base == 0 and exponent < 0:
+        raise ZeroDivisionError("division by zero")
+    if base < 0 and exponent != int(exponent):
+        raise ValueError("a negative number has no fractional power")
+    digits = exponent * math.log10(abs(base)) if base else 0
+    if digits > math.log10(MAX_VALUE) + 1:  # a size that is cheap; `calculate` looks at the value itself
+        raise ValueError("number too large")
+    if digits < -DECIMALS:
+        raise ValueError("number too small")
+    return base**exponent
+
+
 def calculate(expression: str) -> int | float:
-    """Value of a + - * / // % expression over numbers. ValueError for anything else or too large."""
-    if not isinstance(expression, str) or len(expression) > 200:
-        raise ValueError("expression must be a short string")
-    cleaned = expression.replace("×", "*").replace("÷", "/").replace("−", "-")
+    """Value of an expression of numbers with + - * / // % ** (or ^) and brackets, to ten decimals.
+
+    Full-width signs, × ÷, 1,310 for 1310 and an = at either end are read as a person would. ValueError, with
+    a sentence that says why, for anything else, for more than 200 characters and for values beyond 10**12.
+    """
+    if not isinstance(expression, str) or len(expression) > MAX_EXPRESSION:
+        raise ValueError(f"the expression must be a string of at most {MAX_EXPRESSION} characters")
 
     def walk(node: ast.AST) -> int | float:
         if isinstance(node, ast.Expression):
             return walk(node.body)
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
             value = node.value
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            value = -walk(node.operand)
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+            value = walk(node.operand)
+            value = -value if isinstance(node.op, ast.USub) else value
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+            value = _power(walk(node.left), walk(node.right))
         elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
             value = _OPERATORS[type(node.op)](walk(node.left), walk(node.right))
         else:
-            raise ValueError("only numbers and + - * / // % ( ) are allowed")
+            raise ValueError("only numbers and + - * / // % ** ( ) are allowed")
         if abs(value) > MAX_VALUE:
             raise ValueError("number too large")
         return value
 
     try:
-        value = walk(ast.parse(cleaned.strip(), mode="eval"))
-    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError, OverflowError, ValueError) as error:
-        raise ValueError(f"cannot compute: {error}") from None
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+        return _rounded(walk(ast.parse(_plain(expression), mode="eval")))
+    except ZeroDivisionError:
+        reason = "division by zero"
+    except (SyntaxError, RecursionError, MemoryError):
+        reason = "this is no complete expression, or it is nested too deeply"
+    except (OverflowError, ValueError) as error:
+        reason = str(error)
+    raise ValueError(f"cannot compute: {reason}")
+
+
+def _unit(name: str) -> str:
+    """The unit that a name means: km, KM, kilometers, 公里. ValueError if there is none."""
+    folded = unicodedata.normalize("NFKC", name).strip().casefold()
+    for candidate in (folded, folded.removesuffix("s")):
+        if candidate in UNIT_OF:
+            return UNIT_OF[candidate]
+    raise ValueError(f"unknown unit {name[:40]}")
+
+
+def convert(value: float, source: str, target: str) -> int | float:
+    """A length, weight, time or temperature in another unit. ValueError for unknown units, for units of
+    different kinds and for values beyond 10**12."""
+    units = _unit(source), _unit(target)
+    if not abs(value) <= MAX_VALUE:  # nan is refused as well
+        raise ValueError("number too large")
+    if set(units) <= set(TEMPERATURES):
+        (zero, degree), (new_zero, new_degree) = (TEMPERATURES[unit] for unit in units)
+        result = (value - zero) * degree / new_degree + new_zero
+    else:
+        sizes = next((table for table in SIZES.values() if set(units) <= set(table)), None)
+        if sizes is None:
+            raise ValueError(f"cannot convert {source} to {target}")
+        result = value * sizes[units[0]] / sizes[units[1]]
+    return _rounded(round(result, 4) if abs(result) >= 0.01 else float(result))
 
 
 def run_tool(name: str, arguments: dict) -> dict:
@@ -138,23 +269,15 @@ def run_tool(name: str, arguments: dict) -> dict:
         if name == "calculate_math":
             return {"result": calculate(arguments["expression"])}
         if name == "get_current_time":
-            city = str(arguments["city"])
+            city = _city(str(arguments["city"]))
             return {"time": f"{_number_of(city, 'hour', 0, 23):02d}:{_number_of(city, 'minute', 0, 59):02d}"}
         if name == "get_current_weather":
-            city = str(arguments["location"])
+            city = _city(str(arguments["location"]))
             condition = list(CONDITIONS)[_number_of(city, "sky", 0, len(CONDITIONS) - 1)]
             return {"condition": condition, "temperature": _number_of(city, "degree", -5, 35)}
         if name == "unit_converter":
-            value, pair = float(arguments["value"]), (str(arguments["from_unit"]), str(arguments["to_unit"]))
-            if abs(value) > MAX_VALUE or value != value:
-                return {"error": "number too large"}
-            if pair in UNITS:
-                result = value * UNITS[pair]
-            elif pair[::-1] in UNITS:
-                result = value / UNITS[pair[::-1]]
-            else:
-                return {"error": f"cannot convert {pair[0]} to {pair[1]}"[:100]}
-            return {"result": int(result) if result.is_integer() else round(result, 4)}
+            source, target = str(arguments["from_unit"]), str(arguments["to_unit"])
+            return {"result": convert(float(arguments["value"]), source, target)}
         if name == "get_exchange_rate":
             pair = (str(arguments["from_currency"]), str(arguments["to_currency"]))
             return {"rate": RATES[pair]} if pair in RATES else {"error": "unknown rate"}
@@ -176,5 +299,5 @@ def run_tool(name: str, arguments: dict) -> dict:
         if start not in WEEKDAYS:
             return {"error": "unknown weekday"}
         return {"day": WEEKDAYS[(WEEKDAYS.index(start) + days) % 7]}
-    except (ValueError, TypeError, OverflowError) as error:
-        return {"error": str(error)[:100]}
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        return {"error": str(error)[:MAX_ERROR]}
