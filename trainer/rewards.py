@@ -824,8 +824,8 @@ class HackingGauge:
             if not grown:
                 return None
             then = grown[-1]
-            growth = f"KL from {then[3]:.3g} to {kl:.3g} and length from {then[4]:.0f} to {length:.0f} tokens"
-            what = f"nothing checked the answers, and it took {growth}"
+            lengths = f"answers from {then[4]:.0f} to {length:.0f} tokens"
+            what = f"KL grew from {then[3]:.3g} to {kl:.3g} and {lengths}"
         return (
             f"since step {then[0]} the reward rose from {then[1]:.3f} to {reward:.3f} while {what}: the "
             "policy may exploit the reward; look at its samples, stop earlier, or raise --beta"
