@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -326,8 +327,14 @@ def test_a_tool_that_never_returns_ends_in_an_error():
     observation, ok = own(tool, seconds=0.05)
     assert not ok and json.loads(observation) == {"error": "the tool gave no answer within 0.05 seconds"}
     (thread,) = threads
-    assert thread.is_alive() and thread.daemon
+    alive = thread.is_alive()
     forever.set()
+    assert alive and thread.daemon
+
+
+def test_the_time_limit_is_that_of_the_caller():
+    assert not own(lambda: time.sleep(0.6), seconds=0.02)[1]
+    assert own(lambda: time.sleep(0.6), seconds=20)[1]
 
 
 def test_everything_works_outside_the_main_thread():
@@ -517,6 +524,13 @@ def test_a_city_is_the_same_in_both_languages(name, key):
     for city in ("北京", "北京市", " beijing"):
         assert mini_tools.run_tool(name, {key: city}) == beijing
     assert mini_tools.run_tool(name, {key: "巴黎"}) == mini_tools.run_tool(name, {key: "Paris"}) != beijing
+
+
+def test_a_simulated_tool_does_not_raise_on_deep_nesting():
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+    assert "error" in mini_tools.run_tool("get_current_weather", {"location": nested})
 
 
 def test_no_text_of_a_model_is_run_as_code():

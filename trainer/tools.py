@@ -90,7 +90,7 @@ def read_call(block: str) -> tuple[str, object]:
     if isinstance(call, list):
         raise ValueError("a tool_call holds one call, not a list")
     if not isinstance(call, dict):
-        raise ValueError(f'a call is an object {{"name": ..., "arguments": {{...}}}}, not {kind_of(call)}')
+        raise ValueError(f"a call is an object with name and arguments, not {kind_of(call)}")
     name = call.get("name")
     if not isinstance(name, str) or not re.fullmatch(r"[\w.\-]{1,64}", name):
         raise ValueError("name must be the name of a tool" if "name" in call else "the call has no name")
@@ -105,7 +105,7 @@ def read_json(text: str):
     try:
         value = json.loads(text, parse_int=read_int, parse_float=read_float, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at character {error.pos}") from None
+        raise ValueError(f"not valid JSON: at character {error.pos}, {error.msg}") from None
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [child for parent in level for child in children(parent)]
