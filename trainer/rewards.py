@@ -528,13 +528,15 @@ def hf_reward_model(folder, device, trust_remote_code=False, batch_size=16):
     try:
         config = json_text.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{shown(folder)} is no Hugging Face model: config.json: {error}") from None
+        raise CheckpointError(f"{shown(folder)} is no Hugging Face model: {error}") from None
     foreign = "auto_map" in config
     if foreign and not trust_remote_code:
         raise CheckpointError(
             f"{shown(folder)} needs the Python code that comes with it: read it, then pass "
             "--trust_remote_code 1"
         )
+    from pickle import UnpicklingError
+
     import torch
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -551,8 +553,11 @@ def hf_reward_model(folder, device, trust_remote_code=False, batch_size=16):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=foreign, local_files_only=True)
         model = kind.from_pretrained(folder, **settings).eval().requires_grad_(False).to(device)
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise CheckpointError(f"{shown(folder)} cannot be loaded as a reward model: {error}") from None
+    except UnpicklingError:
+        raise CheckpointError(f"{shown(folder)} holds pickled objects besides tensors: not opened") from None
+    except (OSError, ValueError, ImportError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{shown(folder)} cannot be loaded as a reward model: {reason}") from None
 
     if hasattr(model, "get_scores") or hasattr(model, "get_score"):
 
