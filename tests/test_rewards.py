@@ -33,6 +33,7 @@ RIGHT = {
     "unit": ("57元", "57"),
     "unit behind a space": ("一共 57 个苹果。", "57"),
     "currency": ("It costs $57", "57"),
+    "minus before the currency": ("It is -$5.", "-5"),
     "sentence": ("The answer is 57 visitors.", "57"),
     "bold": ("**57**", "57"),
     "thousands": ("That makes 1,310.", "1310"),
@@ -225,6 +226,13 @@ def test_rivals_that_were_given_do_not_count():
     assert verified(answer("3 days after Friday is Monday.", "Monday", question)) == 1
     assert verified(answer("3 days after Saturday is Monday.", "Monday", question)) == 0
     assert verified(answer("Sunday? Monday.", "Monday", question, observations=['{"day": "Sunday"}'])) == 1
+
+
+def test_a_value_of_the_question_may_be_said_once_more():
+    question = "Convert 5 km to m, and then give me a random number, and then the day 5 days after Monday."
+    text = "5 km = 5000 m. The random number is 5. 5 days after Monday is Saturday: 5."
+    assert verified(answer(text, ["5000", "5", "Saturday"], question)) == 1
+    assert verified(answer(f"{text} 5 5 5", ["5000", "5", "Saturday"], question)) == 0
 
 
 def test_listing_all_that_tools_said_is_no_answer():

@@ -250,18 +250,18 @@ def all_stated(answer: Answer, expected: list[str]) -> float:
         return 0.0
     text, found = normalise(reply), numbers(reply)
     given = "\n".join([context_of(answer), *answer.observations])
-    asked, read = set(numbers(context_of(answer))), {n for o in answer.observations for n in numbers(o)}
+    asked, read = numbers(context_of(answer)), {n for o in answer.observations for n in numbers(o)}
     wanted = [(value, number_of(value)) for value in expected]
     for value, number in wanted:
         times = stated(value, text) if number is None else sum(same(number, n) for n in found)
-        before = stated(value, normalise(given)) if number is None else among(number, asked)
+        before = stated(value, normalise(given)) if number is None else sum(same(number, n) for n in asked)
         if not 0 < times <= MAX_REPEATS + before:
             return 0.0
     targets = [n for value, number in wanted for n in ([number] if number is not None else numbers(value))]
     if not all(any(same(n, f) for f in found) for n in targets):  # words hide signs and decimal points
         return 0.0
     others = {n for n in found if n != 1 and not any(same(n, t) for t in targets)}
-    others = {n for n in others if not among(n, asked)}
+    others = {n for n in others if not among(n, set(asked))}
     if not all(among(n, read) for n in others):
         return 0.0
     if len(others) > 2 + 2 * len(expected):  # everything that any tool ever said
@@ -642,11 +642,8 @@ def judge(url, model, api_key_env="OPENAI_API_KEY", timeout=30, retries=3, pause
 
         requests = [judge_request(a, model) if reply_of(a) else None for a in answers]
         unique = [r for r in dict.fromkeys(requests) if r is not None]
-        pool = ThreadPoolExecutor(workers)
-        try:
+        with ThreadPoolExecutor(workers) as pool:
             marks = dict(zip(unique, pool.map(mark, unique)))
-        finally:
-            pool.shutdown(cancel_futures=True)
         return [marks.get(request, 0.0) for request in requests]
 
     return rate
