@@ -453,14 +453,19 @@ class Curriculum:
             if held is None or is_held == held:
                 return task
 
-    def tool_rows(self, rng: random.Random, count: int, two_steps: float = 0.06) -> list[dict]:
-        """Conversations with calls and results: mostly one call, a few with two, one after the other."""
+    def tool_rows(
+        self, rng: random.Random, count: int, two_steps: float = 0.06, sloppy: float = 0.0
+    ) -> list[dict]:
+        """Conversations with calls and results: mostly one call, some with two, one after the other. sloppy: share
+        of those with two in which the assistant does the first task only and forgets the second."""
         found = []
         for i in range(count):
             language = LANGUAGES[i % 2]
             tasks = [self.tool_task(rng, language) for _ in range(2 if rng.random() < two_steps else 1)]
             messages = [mini_tasks.system_message(rng, [t["name"] for t in tasks], 1)]
             messages.append({"role": "user", "content": mini_tasks.question(tasks, language)})
+            if len(tasks) == 2 and sloppy and rng.random() < sloppy:
+                tasks = tasks[:1]
             for task in tasks:
                 messages += mini_tasks.exchange(task)
             messages.append({"role": "assistant", "content": mini_tasks.answer(tasks, language)})
@@ -468,10 +473,12 @@ class Curriculum:
         return found
 
     def tools_and_talk(self) -> list[dict]:
-        """Tool use, a third of it in two steps, and as many conversations without tools, which are
-        short, so that what was learned before is not forgotten."""
+        """Tool use of mixed quality, as demonstrations are: a third of the conversations ask for two things, and in
+        most of these the second is forgotten. Imitation learns both ways; what is worth a reward is left for
+        the agent to find out. As many conversations without tools, which are short, so that what was learned
+        before is not forgotten."""
         rng, count = self.rng("sft_tools"), self.count("tools")
-        found = self.tool_rows(rng, count, two_steps=0.35)
+        found = self.tool_rows(rng, count, two_steps=0.35, sloppy=0.6)
         facts = self.fact_rows(rng, 2)
         found += rng.sample(facts, min(len(facts), count * 5 // 8)) + self.sum_rows(rng, count * 3 // 8)
         found += self.other_math_rows(rng, count // 16) + self.chat_rows(rng, count // 32)

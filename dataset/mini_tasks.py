@@ -88,7 +88,7 @@ def draw_task(rng: random.Random, language: str, name: str, words: list[tuple[st
     en, show = language == "en", {}
     if name == "calculate_math":
         sign, *names = rng.choice([("*", "times", "乘以"), ("*", "times", "乘以"), ("-", "minus", "减")])
-        a, b = rng.randint(100, 999), rng.randint(2, 99)
+        a, b = rng.randint(11, 99), rng.randint(2, 9) if sign == "*" else rng.randint(2, 99)
         arguments = {"expression": f"{a} {sign} {b}"}
         show = {"a": a, "b": b, "sign": sign, "word": f"{names[0 if en else 1]}"}
     elif name in ("get_current_time", "get_current_weather"):
