@@ -121,8 +121,8 @@ def own_words(answer: Answer) -> str:
 _NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
 _SIGNED = re.compile(rf"(-|负|minus |negative )?({_NUMBER})(?:\s*([万亿]))?", re.IGNORECASE)
 _EQUATION = re.compile(
-    rf"(?<![\w.])([-(]*{_NUMBER}(?:\)* ?[-+*/×÷x] ?[-(]*{_NUMBER})+\)*) ?= ?(-?{_NUMBER})"
-    rf"(?!\.?\d| ?[-+*/×÷x] ?\(*\d)",  # of "a = b + c = d" only the last part
+    rf"(?<![\w.])([-(]*{_NUMBER}(?:\)* ?(?:\*\*|[-+*/×÷x^]) ?[-(]*{_NUMBER})+\)*) ?= ?(-?{_NUMBER})"
+    rf"(?!\.?\d| ?[-+*/×÷x^] ?\(*\d)",  # of "a = b + c = d" only the last part
     re.IGNORECASE,
 )
 # the last two numbers of a text, with nothing but a conjunction between them
