@@ -33,6 +33,7 @@ RIGHT = {
     "unit": ("57元", "57"),
     "unit behind a space": ("一共 57 个苹果。", "57"),
     "currency": ("It costs $57", "57"),
+    "minus before the currency": ("It is -$5.", "-5"),
     "sentence": ("The answer is 57 visitors.", "57"),
     "bold": ("**57**", "57"),
     "thousands": ("That makes 1,310.", "1310"),
@@ -52,6 +53,7 @@ RIGHT = {
     "worked": ("2+5=7, 1+4=5, so 12 + 45 = 57.", "57"),
     "worked in Chinese": ("2+5=7，1+4=5，所以 12 + 45 = 57。", "57"),
     "brackets": ("(12 + 45) * 2 / 2 = 57", "57"),
+    "a power": ("14**2 = 196 and 14^2 = 196, so 57", "57"),
     "a chain": ("12 + 45 = 50 + 7 = 57", "57"),
     "rounded": ("10 / 3 = 3.33, and the answer is 57", "57"),
     "operands": ("12 and 45 make 57", "57"),
@@ -85,6 +87,9 @@ WRONG = {
     "the other order": ("8 or 7", "8"),
     "not the last": ("57, or maybe 45", "57"),
     "unexplained": ("I have 99 apples, and 57", "57"),
+    "a list in Chinese": ("1，310", "1310"),
+    "rounded to a whole number": ("7 / 2 = 4, so 57", "57"),
+    "a false power": ("45**1 = 12, so 57", "57"),
     "a false equation": ("12 + 45 = 58, so 57", "57"),
     "a false equation of known numbers": ("12 + 45 = 12, so 57", "57"),
     "sign": ("18", "-18"),
@@ -207,8 +212,8 @@ STATED = [
     ("０１：４０", ["01:40"], 1),
     ("101:40", ["01:40"], 0),
     ("01:40 or 01:41", ["01:40"], 0),
-    ("5°C", ["-5°C"], 0),
-    ("-5°C", ["-5°C"], 1),
+    ("3°C", ["-3°C"], 0),
+    ("-3°C", ["-3°C"], 1),
 ]
 
 
@@ -223,6 +228,13 @@ def test_rivals_that_were_given_do_not_count():
     assert verified(answer("3 days after Friday is Monday.", "Monday", question)) == 1
     assert verified(answer("3 days after Saturday is Monday.", "Monday", question)) == 0
     assert verified(answer("Sunday? Monday.", "Monday", question, observations=['{"day": "Sunday"}'])) == 1
+
+
+def test_a_value_of_the_question_may_be_said_once_more():
+    question = "Convert 5 km to m, and then give me a random number, and then the day 5 days after Monday."
+    text = "5 km = 5000 m. The random number is 5. 5 days after Monday is Saturday: 5."
+    assert verified(answer(text, ["5000", "5", "Saturday"], question)) == 1
+    assert verified(answer(f"{text} 5 5 5", ["5000", "5", "Saturday"], question)) == 0
 
 
 def test_listing_all_that_tools_said_is_no_answer():
@@ -653,12 +665,30 @@ def test_folders_that_are_no_reward_model(tmp_path):
             rewards.hf_reward_model(tmp_path, "cpu", **more)
         assert "\n" not in str(error.value)
 
-    refuses("is no Hugging Face model: config.json")
+    refuses("is no Hugging Face model: .*config.json")
     hf_folder(tmp_path, num_labels=3)
     refuses("gives 3 scores, a reward is one")
     hf_folder(tmp_path, template=None)
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
     refuses("has no chat template")
+
+
+def test_pickled_weights_run_no_code(tmp_path):
+    """Whatever is not a tensor is refused, in our words, for torch advises to switch that check off."""
+    import torch
+
+    from trainer.checkpoint import CheckpointError
+
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "exploded"), "w")
+
+    hf_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"score.weight": Bomb()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickled objects besides tensors"):
+        rewards.hf_reward_model(tmp_path, "cpu")
+    assert not (tmp_path / "exploded").exists()
 
 
 REMOTE = """
@@ -728,6 +758,10 @@ def stand_in(*replies):
                 self.wfile.write(reply if isinstance(reply, bytes) else b"{}")
             except OSError:
                 pass  # the client did not wait
+
+        def do_GET(self):
+            seen.append((self.path, dict(self.headers), None))
+            self.send_error(404)
 
         def log_message(self, *_):
             pass
@@ -809,6 +843,13 @@ def test_a_judge_that_never_recovers_stops_the_run_with_a_sentence(name):
         with pytest.raises(RewardError, match="after 3 tries.*--from_resume 1") as error:
             marks(url, "57")
     assert len(seen) == 3 and url in str(error.value) and "\n" not in str(error.value)
+
+
+def test_after_a_failure_nobody_else_is_asked():
+    with stand_in(401) as (url, seen):
+        with pytest.raises(RewardError):
+            marks(url, *map(str, range(30)), workers=1)
+    assert len(seen) < 10
 
 
 def test_a_judge_that_is_not_there():
@@ -925,4 +966,3 @@ def test_its_memory_survives_a_resume():
         "validated again, not counted twice"
     )
     assert fresh.see(20, 0.9, 0.4, 0.1, 20) == gauge.see(20, 0.9, 0.4, 0.1, 20) is not None
-    assert len(state["seen"]) == 2, "a copy"

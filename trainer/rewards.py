@@ -121,8 +121,8 @@ def own_words(answer: Answer) -> str:
 _NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
 _SIGNED = re.compile(rf"(-|负|minus |negative )?({_NUMBER})(?:\s*([万亿]))?", re.IGNORECASE)
 _EQUATION = re.compile(
-    rf"(?<![\w.])([-(]*{_NUMBER}(?:\)* ?[-+*/×÷x] ?[-(]*{_NUMBER})+\)*) ?= ?(-?{_NUMBER})"
-    rf"(?!\.?\d| ?[-+*/×÷x] ?\(*\d)",  # of "a = b + c = d" only the last part
+    rf"(?<![\w.])([-(]*{_NUMBER}(?:\)* ?(?:\*\*|[-+*/×÷x^]) ?[-(]*{_NUMBER})+\)*) ?= ?(-?{_NUMBER})"
+    rf"(?!\.?\d| ?[-+*/×÷x^] ?\(*\d)",  # of "a = b + c = d" only the last part
     re.IGNORECASE,
 )
 # the last two numbers of a text, with nothing but a conjunction between them
@@ -250,18 +250,18 @@ def all_stated(answer: Answer, expected: list[str]) -> float:
         return 0.0
     text, found = normalise(reply), numbers(reply)
     given = "\n".join([context_of(answer), *answer.observations])
-    asked, read = set(numbers(context_of(answer))), {n for o in answer.observations for n in numbers(o)}
+    asked, read = numbers(context_of(answer)), {n for o in answer.observations for n in numbers(o)}
     wanted = [(value, number_of(value)) for value in expected]
     for value, number in wanted:
         times = stated(value, text) if number is None else sum(same(number, n) for n in found)
-        before = stated(value, normalise(given)) if number is None else among(number, asked)
+        before = stated(value, normalise(given)) if number is None else sum(same(number, n) for n in asked)
         if not 0 < times <= MAX_REPEATS + before:
             return 0.0
     targets = [n for value, number in wanted for n in ([number] if number is not None else numbers(value))]
     if not all(any(same(n, f) for f in found) for n in targets):  # words hide signs and decimal points
         return 0.0
     others = {n for n in found if n != 1 and not any(same(n, t) for t in targets)}
-    others = {n for n in others if not among(n, asked)}
+    others = {n for n in others if not among(n, set(asked))}
     if not all(among(n, read) for n in others):
         return 0.0
     if len(others) > 2 + 2 * len(expected):  # everything that any tool ever said
@@ -528,13 +528,15 @@ def hf_reward_model(folder, device, trust_remote_code=False, batch_size=16):
     try:
         config = json_text.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{shown(folder)} is no Hugging Face model: config.json: {error}") from None
+        raise CheckpointError(f"{shown(folder)} is no Hugging Face model: {error}") from None
     foreign = "auto_map" in config
     if foreign and not trust_remote_code:
         raise CheckpointError(
             f"{shown(folder)} needs the Python code that comes with it: read it, then pass "
             "--trust_remote_code 1"
         )
+    from pickle import UnpicklingError
+
     import torch
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -551,8 +553,11 @@ def hf_reward_model(folder, device, trust_remote_code=False, batch_size=16):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=foreign, local_files_only=True)
         model = kind.from_pretrained(folder, **settings).eval().requires_grad_(False).to(device)
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise CheckpointError(f"{shown(folder)} cannot be loaded as a reward model: {error}") from None
+    except UnpicklingError:
+        raise CheckpointError(f"{shown(folder)} holds pickled objects besides tensors: not opened") from None
+    except (OSError, ValueError, ImportError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{shown(folder)} cannot be loaded as a reward model: {reason}") from None
 
     if hasattr(model, "get_scores") or hasattr(model, "get_score"):
 
@@ -637,11 +642,8 @@ def judge(url, model, api_key_env="OPENAI_API_KEY", timeout=30, retries=3, pause
 
         requests = [judge_request(a, model) if reply_of(a) else None for a in answers]
         unique = [r for r in dict.fromkeys(requests) if r is not None]
-        pool = ThreadPoolExecutor(workers)
-        try:
+        with ThreadPoolExecutor(workers) as pool:
             marks = dict(zip(unique, pool.map(mark, unique)))
-        finally:
-            pool.shutdown(cancel_futures=True)
         return [marks.get(request, 0.0) for request in requests]
 
     return rate
