@@ -702,10 +702,10 @@ def test_a_group_without_a_difference_stays_in_the_denominator(tmp_path, monkeyp
 # Every flag of the loss has a say
 # ----------------------------------------------------------------------------------------------------------
 
-TWICE = "--update_iters 2 --num_generations 4 --max_gen_len 30 --batch_size 3 --grad_clip 0"
+TWICE = "--update_iters 2 --num_generations 4 --max_gen_len 8 --batch_size 3 --grad_clip 0"
 FLAGS = {  # flag -> (what both runs have, what the second has besides)
     "epsilon": ("", "--epsilon 0.01 --epsilon_high 0.2"),
-    "epsilon_high": ("", "--epsilon_high 0.01"),
+    "epsilon_high": ("", "--epsilon_high 9"),
     "cispo's cap": ("--loss_type cispo", "--epsilon_high 1.01"),
     "gspo's clip": ("--loss_type gspo", "--epsilon 9 --epsilon_high 9"),
     "beta": ("", "--beta 0.5"),
@@ -727,8 +727,21 @@ FLAGS = {  # flag -> (what both runs have, what the second has besides)
 }
 
 
+def pay_besides(patch):
+    """Rewards that differ in every group, and more in some than in others, beside those of --reward."""
+    from trainer import rl
+
+    original = rl.Course.rewards_of
+
+    def rewards_of(course, samples, prompts=None):
+        rewards, parts, right = original(course, samples, prompts)
+        return [r + (i % 4) * (1 + i // 4) for i, r in enumerate(rewards)], parts, right
+
+    patch.setattr(rl.Course, "rewards_of", rewards_of)
+
+
 @pytest.fixture(scope="module")
-def told(tokenizer):
+def told():
     """Runs of one step with two updates, by their flags: the weights they left."""
     return {}
 
@@ -739,6 +752,7 @@ def run(flags, folder, told, tokenizer):
         with pytest.MonkeyPatch.context() as patch:
             if "bfloat16" not in flags:
                 answers_of(patch, tokenizer)
+            pay_besides(patch)
             plain_descent(patch, 0.03)
             base_weights(folder, initializer_range=0.2)
             more = TWICE.split() + ([] if "bfloat16" in flags else ["--tis_cap", "0"])

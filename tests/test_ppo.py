@@ -477,6 +477,27 @@ def test_a_new_critic_expects_nothing(tmp_path, monkeypatch):
     assert lines(tmp_path)[0]["explained_variance"] == 0
 
 
+def test_what_actor_and_critic_are_taught(tmp_path, monkeypatch):
+    """Returns are not whitened: with lambda 1 the score of the answer. Advantages are, over the whole step
+    and not over a minibatch."""
+    taught, original = [], train_ppo.critic_loss
+
+    def critic_loss(critic, batch, totals, step, args):
+        taught.append(step)
+        return original(critic, batch, totals, step, args)
+
+    monkeypatch.setattr(train_ppo, "critic_loss", critic_loss)
+    seen = spy(monkeypatch)
+    train("ppo", tmp_path, "--lam", 1, "--mini_batch_size", 2, "--update_iters", 1, steps=1)
+    first, second = taught
+    assert first is second and len(first) == 4
+    scores = seen[0][0].sum(1)
+    assert len(set(scores.tolist())) > 1 and first.returns.equal(scores[first.sequence])
+    a, r = first.advantages.double(), first.returns.double()
+    assert abs(float(a.mean())) < 1e-6 and float(a.var()) == pytest.approx(1, abs=1e-5)
+    assert torch.allclose(a, (r - r.mean()) / r.std(), atol=1e-5)
+
+
 def test_a_new_critic_begins_with_the_actors_blocks(tmp_path, monkeypatch):
     built = []
     original = train_ppo.new_critic

@@ -164,6 +164,21 @@ def test_rewards_between_zero_and_one(spec, rewards, expected):
     assert found.dtype == torch.float64 and near(found, expected)
 
 
+@pytest.mark.parametrize(
+    "component, low, high",
+    [
+        ("overlong", -1, 0),
+        *(
+            pytest.param(*ends, marks=pytest.mark.xfail(strict=True, reason="RANGES does not know it"))
+            for ends in (("tags", 0, 1.5), ("rules", -1.75, 1.75), ("tools", -1, 1))
+        ),
+    ],
+)
+def test_every_component_has_its_range(component, low, high):
+    """A reward inside its range is not clipped (trainer/rewards.py says how far each goes)."""
+    assert near(scaled([low, (low + high) / 2, high], f"{component}:1"), [0, 0.5, 1])
+
+
 def test_counts_stay_positive_whatever_the_reward():
     """Rewards beyond their range would make beta negative, and v more than 1."""
     tracker = tracker_of(1, 0.5, 0.5)
@@ -306,6 +321,26 @@ def test_the_change_is_that_of_the_prompts_last_answer(tmp_path, monkeypatch):
     assert dict(zip(rows, changes)) == pytest.approx(expected, abs=1e-5) and min(changes) > 1e-4
     logged = [line["change"] for line in log_lines(tmp_path, "spo") if "change" in line]
     assert logged == pytest.approx([0, sum(changes) / 4], rel=1e-3)
+
+
+def test_the_last_answer_is_kept(tmp_path, monkeypatch):
+    """With the log-probabilities it was drawn with; the one before it is forgotten."""
+    from trainer import rl
+
+    watch, answered, original = Watch(monkeypatch), [], rl.Course.answer
+
+    def answer(course, *inputs):
+        answered.append(original(course, *inputs))
+        return answered[-1]
+
+    monkeypatch.setattr(rl.Course, "answer", answer)
+    write_lines(tmp_path, "data.jsonl", prompt_rows(4))
+    train("spo", tmp_path, "--init_samples", 0, steps=3)
+    last, kept = {s.row: s for s in answered[2]}, watch.tracker.answers
+    assert kept.keys() == last.keys() == {0, 1, 2, 3}
+    for row, (ids, logps) in kept.items():
+        assert ids == last[row].ids and logps == pytest.approx(last[row].logprobs, abs=1e-5)
+    assert all(s.ids != last[s.row].ids for s in answered[1])
 
 
 def log_probs(model, prompt, ids):
