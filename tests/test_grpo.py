@@ -308,12 +308,7 @@ def test_gradient_at_the_log_probabilities_equals_trls(case, variant, monkeypatc
         "grpo",
         "grpo, k3",
         "dapo",
-        pytest.param(
-            "gspo",
-            marks=pytest.mark.xfail(
-                strict=True, reason="token_figures takes the tokens' ratios, gspo clips the answers'"
-            ),
-        ),
+        "gspo",
     ],
 )
 def test_figures_equal_trls(case, variant):
@@ -329,7 +324,7 @@ def test_figures_equal_trls(case, variant):
         shares = [float((x * lengths).sum() / lengths.sum()) for x in (low, high)]
     else:
         shares = [expected["clip_ratio/low_mean"], expected["clip_ratio/high_mean"]]
-    assert sum(shares) > 0.1
+    assert sum(shares) > 0.05
     assert [found["clip_low"], found["clip_high"]] == pytest.approx(shares, abs=1e-6)
     if args.beta:
         assert found["kl"] == pytest.approx(expected["kl"], abs=1e-6)
@@ -796,12 +791,10 @@ def test_runs_repeat(tmp_path, told, tokenizer):
         pytest.param(
             "--loss_type dr_grpo --epsilon 0.1",
             (0.1, 0.1, "none", "score", 0),
-            marks=pytest.mark.xfail(strict=True, reason="--epsilon_high follows --epsilon for grpo alone"),
         ),
         pytest.param(
             "--epsilon 0",
             (0.0, 0.0, "group", "score", 0),
-            marks=pytest.mark.xfail(strict=True, reason="--epsilon 0 is taken for none given"),
         ),
     ],
 )

@@ -56,7 +56,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, stage):
     print(f"killed in update {at}")
     train_and_kill(stage, tmp_path / "broken", more, "runtime.optimizer_step", at, "rl_helpers")
     train(stage, tmp_path / "broken", *more, "--from_resume", 1, steps=12)
-    assert_bit_equal(weights(tmp_path / "whole", file_of(stage)), weights(tmp_path / "broken", file_of(stage)))
+    assert_bit_equal(
+        weights(tmp_path / "whole", file_of(stage)), weights(tmp_path / "broken", file_of(stage))
+    )
     assert lines(tmp_path / "whole", stage) == lines(tmp_path / "broken", stage)
     texts = [(tmp_path / d / f"out/{SAVED[stage]}_samples.jsonl").read_bytes() for d in ("whole", "broken")]
     assert texts[0] == texts[1] and texts[0].count(b"\n") > 12
@@ -205,7 +207,10 @@ def test_what_was_worth_more_becomes_likelier(tmp_path, stage):
     text = (tmp_path / f"out/{SAVED[stage]}_samples.jsonl").read_text("utf-8")
     samples = [json.loads(x) for x in text.splitlines()]
     data, _ = load_prompts(
-        tmp_path / "data.jsonl", checkpoint.load_tokenizer(), 512, kind="agent" if stage == "agent" else "rlaif"
+        tmp_path / "data.jsonl",
+        checkpoint.load_tokenizer(),
+        512,
+        kind="agent" if stage == "agent" else "rlaif",
     )
     before, after = (
         checkpoint.load_model(tmp_path / "out" / name)[0] for name in ("full_sft_32.pth", file_of(stage))
@@ -213,7 +218,9 @@ def test_what_was_worth_more_becomes_likelier(tmp_path, stage):
     gains, worth = [], []
     for line in samples:
         own = [bool(m) for m in line["mask"]]
-        sample = rollout.Sample(line["row"], 0, data.ids(line["row"]), line["ids"], own, line["logprobs"], "eos")
+        sample = rollout.Sample(
+            line["row"], 0, data.ids(line["row"]), line["ids"], own, line["logprobs"], "eos"
+        )
         then = by_hand(before, sample)
         assert then.tolist() == pytest.approx([p for p, m in zip(line["logprobs"], own) if m], abs=1e-3)
         gains.append(float((by_hand(after, sample) - then).sum()))

@@ -136,7 +136,9 @@ def test_packed_scores_are_those_of_each_sample_alone(tokenizer, rt):
     model, pad, eos = lively_model(), tokenizer.pad_token_id, tokenizer.eos_token_id
     samples = [
         Sample(0, 0, [5, 6, 7], [8, pad, 9, eos], [True] * 4, [-1.0] * 4, "eos"),
-        Sample(1, 1, [11] * 40, [12, 13, 50, 51, 52, 14, eos], [True] * 2 + [False] * 3 + [True] * 2, [0.0] * 7),
+        Sample(
+            1, 1, [11] * 40, [12, 13, 50, 51, 52, 14, eos], [True] * 2 + [False] * 3 + [True] * 2, [0.0] * 7
+        ),
         Sample(2, 2, [9, 4], [pad, pad, pad], [True] * 3, [0.0] * 3, "length"),
     ]
     own = Trajectories(samples)
@@ -177,7 +179,7 @@ def test_samples_left_out(tokenizer, rt):
 
 
 def call(**arguments) -> str:
-    return f'<tool_call>\n{json.dumps({"name": "calculate_math", "arguments": arguments})}\n</tool_call>'
+    return f"<tool_call>\n{json.dumps({'name': 'calculate_math', 'arguments': arguments})}\n</tool_call>"
 
 
 def play(tasks, tokenizer, *turns, greedy=False, **more):
@@ -197,7 +199,11 @@ def play(tasks, tokenizer, *turns, greedy=False, **more):
 def test_a_tool_is_asked_and_its_answer_read(tasks, tokenizer):
     sample, engine = play(tasks, tokenizer, call(expression="6 * 7") + "<|im_end|>", "It is 42.<|im_end|>")
     assert sample.finish_reason == "eos" and sample.text == "It is 42." and len(sample.turns) == 2
-    assert sample.observations == ['{"result": 42}'] and (sample.calls, sample.valid_calls, sample.failed_calls) == (
+    assert sample.observations == ['{"result": 42}'] and (
+        sample.calls,
+        sample.valid_calls,
+        sample.failed_calls,
+    ) == (
         1,
         1,
         0,
@@ -240,7 +246,9 @@ def test_odd_spelling_never_shifts_what_is_trained(tasks, tokenizer, turn):
 def test_random_tokens_keep_the_invariants(tasks, tokenizer, rt):
     """A policy that draws any token at all, tags included: trained ids are fed ids, and scores agree."""
     draw = torch.Generator().manual_seed(0)
-    tags = [tokenizer.convert_tokens_to_ids(t) for t in ("<tool_call>", "</tool_call>", "<think>", "</think>")]
+    tags = [
+        tokenizer.convert_tokens_to_ids(t) for t in ("<tool_call>", "</tool_call>", "<think>", "</think>")
+    ]
 
     def reply(turn, number, prompt):
         ids = torch.randint(0, len(tokenizer), (12,), generator=draw).tolist()
@@ -272,7 +280,9 @@ def test_room_runs_out_before_a_turn_not_in_it(tasks, tokenizer):
 def test_calls_that_cannot_run_are_answered(tasks, tokenizer):
     for text in ("<tool_call>not json</tool_call>", "<tool_call>[]</tool_call>", call(expression="9**9**9")):
         sample, _ = play(tasks, tokenizer, text + "<|im_end|>", "sorry<|im_end|>")
-        assert sample.finish_reason == "eos" and "error" in sample.observations[0] and sample.failed_calls == 1
+        assert (
+            sample.finish_reason == "eos" and "error" in sample.observations[0] and sample.failed_calls == 1
+        )
         assert "sorry" == sample.text
 
 

@@ -718,7 +718,13 @@ def run(main, parse_args, argv=None):
 def is_for_the_user(error: Exception) -> bool:
     """Errors whose message already says where and what to do: DataError, CheckpointError, TrainingError,
     RewardError, RolloutError, and failures of the file system."""
-    if type(error).__name__ in {"DataError", "CheckpointError", "TrainingError", "RewardError", "RolloutError"}:
+    if type(error).__name__ in {
+        "DataError",
+        "CheckpointError",
+        "TrainingError",
+        "RewardError",
+        "RolloutError",
+    }:
         return True
     if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
         return True

@@ -221,6 +221,7 @@ def make_rewards(args, prompts, tokenizer, rt):
     spec = args.reward
     if spec == "auto":
         spec = "correct:1,format:0.1" if prompts.verifiable else "model:1,repetition:0.5"
+        spec += ",tags:0.5" if getattr(args, "reasoning", 0) else ""
         rt.print(f"reward:  {spec}")
     if args.overlong == "soft" and "overlong" not in spec:
         spec += ",overlong:1"

@@ -199,7 +199,7 @@ def checked(parser, args):
     if getattr(args, "reasoning", 0):
         args.thinking_ratio = args.thinking_ratio or 1.0
         args.from_weight = "reason" if args.from_weight == "full_sft" else args.from_weight
-        args.reward += "" if "tags" in args.reward else ",tags:0.5"
+        args.reward += "" if args.reward == "auto" or "tags" in args.reward else ",tags:0.5"
     if args.reward_model_path is None and args.judge_url is None and "judge" in args.reward:
         parser.error("--reward judge needs --judge_url")
     return args

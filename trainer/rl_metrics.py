@@ -23,19 +23,23 @@ from trainer.progress import read_log
 TOKEN_FIGURES = ("entropy", "clip_low", "clip_high", "drift", "mismatch", "kl", "kl_k1")
 
 
-def token_figures(logps, old, entropy, advantages, mismatch, epsilon, epsilon_high, args) -> dict:
+def token_figures(
+    logps, old, entropy, advantages, mismatch, epsilon, epsilon_high, args, clipped_by=None
+) -> dict:
     """Sums over the sampled tokens of a micro-batch.
 
     clip_low, clip_high: tokens at which clipping takes the gradient away (A < 0 and r < 1 - eps; A > 0 and
     r > 1 + eps_high): |r - 1| > eps alone would count tokens that still learn. For cispo, whose tokens all
-    keep a gradient, those whose weight is capped. drift: k3 of pi_old to pi. mismatch: |log pi_old - log of
+    keep a gradient, those whose weight is capped. clipped_by: the log of the ratio that is
+    clipped where it is not the token's (gspo). drift: k3 of pi_old to pi. mismatch: |log pi_old - log of
     the sampler|.
     """
     log_ratio = (logps - old).detach()
     ratio = log_ratio.exp()
     capped = getattr(args, "loss_type", "") == "cispo"
-    high = ratio > epsilon_high if capped else (advantages > 0) & (ratio > 1 + epsilon_high)
-    low = torch.zeros_like(high) if capped else (advantages < 0) & (ratio < 1 - epsilon)
+    clipped = ratio if clipped_by is None else clipped_by.exp()
+    high = clipped > epsilon_high if capped else (advantages > 0) & (clipped > 1 + epsilon_high)
+    low = torch.zeros_like(high) if capped else (advantages < 0) & (clipped < 1 - epsilon)
     return {
         "entropy": entropy.sum(),
         "clip_low": low.sum(),

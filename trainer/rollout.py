@@ -356,7 +356,9 @@ def held_out_success(engine, val, args, rt, tokenizer, play) -> tuple[dict, list
     mine, k = list(range(rt.rank, len(val), rt.world_size)), args.pass_k
     greedy = play(engine, val, mine, mine, -1, args, tokenizer, num_answers=1, greedy=True)
     sampled = play(engine, val, mine, mine, -2, args, tokenizer, num_answers=k) if k else []
-    right, hits = ([verified(describe(s, val, args)) or 0.0 for s in samples] for samples in (greedy, sampled))
+    right, hits = (
+        [verified(describe(s, val, args)) or 0.0 for s in samples] for samples in (greedy, sampled)
+    )
     counts = [
         sum(s.num_sampled for s in greedy),
         sum(s.finish_reason == "eos" for s in greedy),

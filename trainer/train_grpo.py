@@ -67,16 +67,20 @@ def clipped_loss(log_ratio, advantages, epsilon, epsilon_high):
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)
 
 
-def gspo_loss(log_ratio, advantages, epsilon, epsilon_high, answers):
-    """The same with the ratio of a whole answer, for each of its tokens (n,). answers (n,): which of them a
-    token belongs to; all tokens of an answer must be here."""
+def answer_mean(log_ratio, answers):
+    """log of gspo's ratio: the mean over the tokens of the answer, at each of them (n,). answers (n,): which of
+    them a token belongs to; all tokens of an answer must be here."""
     import torch
 
-    size = int(answers.max()) + 1 if len(answers) else 0
-    zeros = log_ratio.new_zeros(size)
+    zeros = log_ratio.new_zeros(int(answers.max()) + 1 if len(answers) else 0)
     sums = zeros.index_add(0, answers, log_ratio)
     counts = zeros.index_add(0, answers, torch.ones_like(log_ratio))
-    return clipped_loss((sums / counts.clamp(min=1))[answers], advantages, epsilon, epsilon_high)
+    return (sums / counts.clamp(min=1))[answers]
+
+
+def gspo_loss(log_ratio, advantages, epsilon, epsilon_high, answers):
+    """The clipped surrogate with one ratio for a whole answer, for each of its tokens (n,)."""
+    return clipped_loss(answer_mean(log_ratio, answers), advantages, epsilon, epsilon_high)
 
 
 def cispo_loss(logps, log_ratio, advantages, cap):
@@ -134,7 +138,10 @@ def grpo_loss(model, batch, totals, head, step, args):
         losses = losses + args.beta * reference_kl(logps, step.reference[at], log_ratio, args.kl_type)
     weights = token_weights(args.loss_type, step.length_of[at], totals, args.max_gen_len)
     loss = (losses * weights).sum()
-    sums = rl_metrics.token_figures(logps, old, entropy, advantages, mismatch, epsilon, epsilon_high, args)
+    clipped_by = answer_mean(log_ratio, step.sequence[at]) if args.loss_type == "gspo" else log_ratio
+    sums = rl_metrics.token_figures(
+        logps, old, entropy, advantages, mismatch, epsilon, epsilon_high, args, clipped_by.detach()
+    )
     if step.reference is not None:
         sums |= rl_metrics.kl_figures(logps.detach(), step.reference[at])
     sums["loss"] = loss.detach() * totals["loss"]  # the log divides by the tokens
@@ -200,10 +207,10 @@ def add_group_flags(g, loss_type):
 
 def with_loss_defaults(args):
     """The defaults that follow from --loss_type."""
-    epsilon, high = EPSILON.get(args.loss_type, (0.2, 0.2))
-    if args.epsilon_high is None:
-        args.epsilon_high = args.epsilon if args.epsilon and args.loss_type == "grpo" else high
+    epsilon, high = EPSILON.get(args.loss_type, (0.2, None))
     args.epsilon = epsilon if args.epsilon is None else args.epsilon
+    if args.epsilon_high is None:
+        args.epsilon_high = args.epsilon if high is None else high
     args.scale_rewards = args.scale_rewards or ("none" if args.loss_type == "dr_grpo" else "group")
     dapo = args.loss_type == "dapo"
     if getattr(args, "dynamic_sampling", 0) is None:

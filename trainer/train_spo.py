@@ -28,7 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 from trainer import cli, rl_flags  # the rest is imported where it is used: --help comes before torch
 from trainer.train_grpo import grpo_loss  # its dapo form: clipped, mean over tokens
 
-RANGES = {"model": (-3.0, 3.0), "repetition": (-0.5, 0.0), "overlong": (-1.0, 0.0)}  # others: 0 to 1
+RANGES = {  # of reward components; others: 0 to 1
+    "model": (-3.0, 3.0),
+    "repetition": (-0.5, 0.0),
+    "overlong": (-1.0, 0.0),
+    "tags": (0.0, 1.5),
+    "rules": (-1.75, 1.75),
+    "tools": (-1.0, 1.0),
+}
 
 
 def first_counts(successes, num_samples, rho_min):
@@ -64,12 +71,13 @@ def draw_prompts(weights, count, seed):
 
 
 def stream_advantages(rewards, values, rt=None):
-    """(r - v - mean) / (std + 1e-8), (n,) float64; mean and std of a sample over all processes."""
+    """(r - v - mean) / (std + 1e-8), (n,) float64; mean and std of a sample over all processes. Where nothing
+    differs they are exactly 0: rounding must not become a direction."""
     from trainer import runtime
 
     raw = rewards.double() - values.double()
     mean, std = runtime.spread(raw, rt)
-    return (raw - mean) / (std + 1e-8)
+    return (raw - mean) / (std + 1e-8) if std > 1e-6 else raw * 0
 
 
 class Tracker:
@@ -254,6 +262,8 @@ def main(args):
             for which in mini_batches(len(samples), args, step, rt):
                 batch = own.micro_batches(which, args, course.tokenizer.pad_token_id, rt)
                 counts = rl_metrics.counts_of(batch)
+                if not rl_metrics.anything(own.advantages, which, own, args, rt):
+                    counts["loss"] = 0  # momentum alone must not move the weights
                 updates.append(
                     loop.optimizer_step(
                         course.model, batch, course.optimizers, lr_factor, args, rt, step_loss, counts
