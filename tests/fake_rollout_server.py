@@ -44,6 +44,10 @@ def score(model, prompt, ids, temperature=1.0) -> list[float]:
     return logps[torch.arange(len(ids)), torch.tensor(ids)].tolist()
 
 
+class Listener(ThreadingHTTPServer):
+    request_queue_size = 64  # with the usual 5, many connections at once wait a second for another try
+
+
 class FakeServer:
     """fault: one of BROKEN or ODD, "400", or None; faulty_requests: how many requests it spoils (None = all).
     calls: paths, in order; bodies: of generation requests."""
@@ -62,8 +66,7 @@ class FakeServer:
         self.lock, self.released = threading.Lock(), threading.Event()
         self.model = read_folder(folder)
         self.generator = Generator(self.model, "float32")
-        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(self))
-        self.httpd.daemon_threads = True
+        self.httpd = Listener(("127.0.0.1", 0), handler_of(self))
         self.url = f"http://127.0.0.1:{self.httpd.server_address[1]}"
         threading.Thread(target=self.httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 

@@ -27,7 +27,8 @@ SEEDS = [11, 12, 13]
 
 def policy(seed=0, **fields):
     """Few tokens, so that answers end; distributions that differ from place to place."""
-    model = small_model(vocab_size=40, qk_norm=True, initializer_range=0.15, **fields).eval()
+    shape = dict(vocab_size=40, qk_norm=True, max_position_embeddings=128)
+    model = small_model(initializer_range=0.15, **shape | fields).eval()
     if seed:
         torch.manual_seed(seed)
         for p in model.parameters():
@@ -35,20 +36,35 @@ def policy(seed=0, **fields):
     return model
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are tiny and the server has threads of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=KINDS)
 def kind(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def first_weights(tmp_path_factory):
+    """What a server is started with."""
+    folder = tmp_path_factory.mktemp("first")
+    export_folder(policy(99), TOKENIZER.name_or_path, folder)
+    return folder
+
+
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, first_weights):
     """start(kind, model, ...) -> (engine, server): the server runs on other weights until it gets these."""
     servers = []
 
     def run(kind, model=None, **settings):
-        if not (tmp_path / "start").exists():
-            export_folder(policy(99), TOKENIZER.name_or_path, tmp_path / "start")
-        servers.append(FakeServer(kind, tmp_path / "start", **settings))
+        servers.append(FakeServer(kind, first_weights, **settings))
         engine = quick(kind, servers[-1].url, tmp_path / "shared")
         if model is not None:
             engine.update(model, TOKENIZER, 1)
@@ -343,7 +359,7 @@ def test_the_script_writes_a_folder_to_start_a_server_with(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------
 
 SAID = {  # of a broken server
-    "hang": "did not answer {path} within 0.2 s",
+    "hang": "did not answer {path} within 0.1 s",
     "500": "answered {path} with HTTP 500 (CUDA error: out of memory)",
     "nonsense": "answered {path} with something that is not JSON",
     "die": "broke off while answering {path}",
@@ -366,7 +382,7 @@ WRONG = {  # in well-formed answers
 @pytest.mark.parametrize("fault", BROKEN)
 def test_broken_servers_are_asked_again_and_then_end_in_one_sentence(kind, fault, start):
     engine, server = start(kind, policy())
-    engine.timeout = 0.2 if fault == "hang" else 30.0
+    engine.timeout = 0.1 if fault == "hang" else 30.0
     server.fault, path = fault, GENERATION[kind]
     before = server.count(path)
     said = failure(engine.generate, PROMPTS[:1], [1], 2, 6, 1.0)
@@ -379,7 +395,7 @@ def test_broken_servers_are_asked_again_and_then_end_in_one_sentence(kind, fault
 def test_a_server_that_recovers_in_time_is_forgiven(kind, fault, start):
     engine, server = start(kind, policy())
     expected = [a.ids for a in engine.generate(PROMPTS[:1], [1], 2, 6, 1.0)]
-    engine.timeout = 0.2 if fault == "hang" else 30.0
+    engine.timeout = 0.1 if fault == "hang" else 30.0
     server.fault, server.faulty_requests = fault, 2
     assert [a.ids for a in engine.generate(PROMPTS[:1], [1], 2, 6, 1.0)] == expected
 
@@ -403,27 +419,28 @@ def test_what_a_server_refuses_is_not_asked_again(kind, start):
     assert server.count(GENERATION[kind]) == before + 1
 
 
-def test_a_server_that_stops_the_end_token_elsewhere_is_noticed_by_sglangs_ids(start):
-    """SGLang cuts the end token off the ids, but not off the log-probabilities, unless it is told not to."""
+def test_an_end_token_that_sglang_cuts_off_is_never_made_up(start):
+    """Without no_stop_trim the end token is missing in the ids, but not in the log-probabilities."""
     engine, server = start("sglang", policy())
-    _, bodies = engine.generate(PROMPTS, SEEDS, 4, 24, 1.0), server.bodies
-    assert all(sampling["no_stop_trim"] for body in bodies for sampling in body["sampling_params"])
-    trimmed = server.answer_sglang("POST", "/generate", untrimmed(bodies[-1]))[1]
-    assert any(len(a["output_ids"]) < len(a["meta_info"]["output_token_logprobs"]) for a in trimmed)
+    assert any(a.finish_reason == "eos" for a in engine.generate(PROMPTS, SEEDS, 4, 24, 1.0))
+    generate = server.generate
+
+    def trims(body):
+        assert all(sampling.pop("no_stop_trim") for sampling in body["sampling_params"])
+        return generate(body)
+
+    server.generate = trims
+    said = failure(engine.generate, PROMPTS, SEEDS, 4, 24, 1.0)
+    assert re.search(r"gave (\d+) token ids and (\d+) log-probabilities, which cannot be matched", said)
 
 
-def untrimmed(body):
-    kept = [{k: v for k, v in s.items() if k != "no_stop_trim"} for s in body["sampling_params"]]
-    return {**body, "sampling_params": kept}
-
-
-def test_one_failure_ends_the_whole_step_soon(kind, start):
+def test_one_failure_for_good_ends_the_pauses_of_all_others(kind, start):
     engine, server = start(kind, policy())
-    engine.pause, engine.retries = 0.2, 4  # alone, every request would try for three seconds
-    server.fault = "500"
-    engine.given_up.wait = lambda seconds: time.sleep(0.001) or engine.given_up.is_set()
-    failure(engine.generate, PROMPTS * 30, SEEDS * 30, 1, 4, 1.0)
-    assert server.count(GENERATION[kind]) < 90 * 5, "all were tried to the end"
+    engine.pause, faults = 5.0, iter(["400"])
+    server.takes_fault = lambda: next(faults, "500")
+    began = time.monotonic()
+    assert "HTTP 400" in failure(engine.generate, PROMPTS * 12, SEEDS * 12, 1, 4, 1.0)
+    assert time.monotonic() - began < 4
 
 
 def test_nobody_there(kind, start, tmp_path):
