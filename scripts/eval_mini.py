@@ -19,6 +19,8 @@ and by --exams, for the stages that teach something more:
     reason_direct    expressions and word problems of three numbers, answered at once
     reason           the same, thinking first (--open_thinking of eval_llm.py)
                      (and well_formed: thoughts that are not empty, end once, and have an answer behind them)
+    problems         the prompts of reinforcement learning, by the rule that pays them (trainer/rewards.py)
+    tools            tool tasks in two steps with unseen arguments, played to the end (and tools_one: in one)
 """
 
 import argparse
@@ -41,6 +43,8 @@ FILES = {
     "medical": "lora_medical_heldout.jsonl",
     "reason_direct": "reason_heldout.jsonl",
     "reason": "reason_heldout.jsonl",
+    "problems": "rlaif_heldout.jsonl",
+    "tools": "agent_heldout.jsonl",
 }
 THINKING = {"reason"}  # exams in which the model thinks first
 DEFAULT_EXAMS = ("bits_per_byte", "facts_asked", "facts_unasked", "sums", "chat")
@@ -123,7 +127,14 @@ def examine(
     if "bits_per_byte" in exams:
         metrics["bits_per_byte"] = bits_per_byte(model, tokenizer, data_dir / "pretrain_heldout.jsonl")
     ended = []
-    for name in (name for name in FILES if name in exams):
+    for name in (name for name in ("problems", "tools") if name in exams):
+        for metric, right in verified_tasks(
+            engine, tokenizer, data_dir / FILES[name], name, num_items
+        ).items():
+            metrics[metric] = sum(right) / len(right)
+            result["intervals"][metric] = interval(metrics[metric], len(right))
+            result["items"][metric] = len(right)
+    for name in (name for name in FILES if name in exams and name not in ("problems", "tools")):
         rows = read_rows(data_dir / FILES[name])
         if num_items:
             rows = random.Random(0).sample(rows, min(num_items, len(rows)))
@@ -153,6 +164,30 @@ def examine(
         result["items"]["ended"] = len(ended)
         result["intervals"]["ended"] = interval(metrics["ended"], len(ended))
     return result
+
+
+def verified_tasks(engine, tokenizer, path: Path, name: str, num_items: int = 0) -> dict[str, list[float]]:
+    """Greedy success on prompts of reinforcement learning, by the rule that pays for them: {metric: 0.0 or 1.0 of
+    each prompt}. Tools are played to the end, in at most four turns."""
+    from types import SimpleNamespace
+
+    from dataset.prompts import load_prompts
+    from trainer import rollout
+    from trainer.rewards import verified
+
+    kind, play = ("agent", rollout.converse) if name == "tools" else ("rlaif", rollout.play_once)
+    prompts, _ = load_prompts(path, tokenizer, 1024, kind=kind)
+    prompts = prompts.thinned(num_items or len(prompts))
+    settings = SimpleNamespace(seed=0, thinking_ratio=0.0, temperature=1.0, max_gen_len=96, max_turns=4)
+    settings.max_total_len, rows = 2048, list(range(len(prompts)))
+    local = rollout.LocalEngine.of(engine)
+    samples = play(local, prompts, rows, rows, 0, settings, tokenizer, num_answers=1, greedy=True)
+    right = [verified(rollout.describe(sample, prompts, settings)) for sample in samples]
+    if name == "problems":
+        return {"problems": right}
+    steps = [len(prompts[row].expected) for row in rows]
+    found = {"tools": [r for r, n in zip(right, steps) if n > 1]}
+    return found | {"tools_one": [r for r, n in zip(right, steps) if n == 1]}
 
 
 def talk(engine, tokenizer, turns: list[str], max_new_tokens: int = 64) -> list[dict]:

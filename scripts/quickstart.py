@@ -3,6 +3,7 @@
     python scripts/quickstart.py                   # curriculum, pretraining, fine-tuning, a conversation
     python scripts/quickstart.py --stages all      # and what else a model can be taught: LoRA, reasoning, ...
     python scripts/quickstart.py --stages more     # only those, on the weights that an earlier run left
+    python scripts/quickstart.py --stages rl       # of those only reinforcement learning: GRPO, SPO, PPO, agent
     python scripts/quickstart.py --seeds 42,43,44  # three runs: mean and spread of every number
     python scripts/quickstart.py --out_dir my_try --seed 7
 
@@ -48,6 +49,11 @@ STUDENT = (
 ).split()
 
 
+# Reinforcement learning: 256 answers in a step, four updates from them.
+RL = "--max_gen_len 64 --mini_batch_size 64 --warmup_steps 5 --val_interval 20".split()
+TOOL_USE = "--max_seq_len 448 --max_gen_len 96 --max_total_len 900".split()
+
+
 @dataclass
 class Stage:
     name: str  # weight name: out/<name>_256.pth
@@ -61,7 +67,8 @@ class Stage:
     logged: list[str] = field(default_factory=list)  # held-out metrics of its own log, before and after
     heldout: str = ""  # file of the curriculum that its own log measures
     adapter: bool = False  # it writes lora/<name>_256.pth, to be added to what it is compared with
-    more: bool = False  # only with --stages all
+    more: bool = False  # only with --stages all or more
+    rl: bool = False  # and with --stages rl
 
 
 STAGES = [
@@ -162,6 +169,91 @@ STAGES = [
         heldout="sft_heldout.jsonl",
         more=True,
     ),
+    Stage(
+        "grpo",
+        "GRPO: sixteen answers to a question, what is better than their average is reinforced",
+        "trainer/train_grpo.py",
+        "rlaif.jsonl",
+        [*RL, *"--batch_size 16 --num_generations 16 --dynamic_sampling 2".split()]
+        + "--max_steps 60 --learning_rate 4e-5".split(),
+        compared_with="full_sft",
+        shows=["problems"],
+        costs=["facts_asked", "sums"],
+        heldout="rlaif_heldout.jsonl",
+        more=True,
+        rl=True,
+    ),
+    Stage(
+        "cispo",
+        "the same with the loss of CISPO",
+        "trainer/train_grpo.py",
+        "rlaif.jsonl",
+        [*RL, *"--loss_type cispo --batch_size 16 --num_generations 16 --dynamic_sampling 2".split()]
+        + "--max_steps 60 --learning_rate 4e-5".split(),
+        compared_with="full_sft",
+        shows=["problems"],
+        costs=["facts_asked", "sums"],
+        heldout="rlaif_heldout.jsonl",
+        more=True,
+        rl=True,
+    ),
+    Stage(
+        "spo",
+        "SPO: one answer to each of many questions, compared with the question's past",
+        "trainer/train_spo.py",
+        "rlaif.jsonl",
+        [*RL, *"--batch_size 256 --max_steps 60 --learning_rate 3e-5".split()],
+        compared_with="full_sft",
+        shows=["problems"],
+        costs=["facts_asked", "sums"],
+        heldout="rlaif_heldout.jsonl",
+        more=True,
+        rl=True,
+    ),
+    Stage(
+        "ppo_actor",
+        "PPO: an actor, and a critic that judges every token",
+        "trainer/train_ppo.py",
+        "rlaif.jsonl",
+        [*RL, *"--batch_size 256 --max_steps 60 --learning_rate 3e-5 --critic_learning_rate 3e-4".split()]
+        + "--critic_warmup 5 --update_iters 1 --kl_coef 0".split(),
+        compared_with="full_sft",
+        shows=["problems"],
+        costs=["facts_asked", "sums"],
+        heldout="rlaif_heldout.jsonl",
+        more=True,
+        rl=True,
+    ),
+    Stage(
+        "tools",
+        "fine-tuning on tool use of mixed quality",
+        "trainer/train_full_sft.py",
+        "sft_tools.jsonl",
+        [*SFT_RATES, *"--max_seq_len 512 --batch_size 4 --epochs 1 --from_weight full_sft".split()],
+        compared_with="full_sft",
+        shows=["tools", "tools_one"],
+        costs=["facts_asked", "sums"],
+        more=True,
+        rl=True,
+    ),
+    Stage(
+        "agent",
+        "agent: calls tools, is paid for the result",
+        "trainer/train_agent.py",
+        "agent_rl.jsonl",
+        [
+            *RL,
+            *TOOL_USE,
+            *"--from_weight tools --batch_size 8 --num_generations 8 --mini_batch_size 32".split(),
+        ]
+        + "--reward correct:1 --max_steps 40 --learning_rate 1.5e-4".split(),
+        compared_with="tools",
+        shows=["tools", "tools_one"],
+        costs=["facts_asked", "sums"],
+        heldout="agent_heldout.jsonl",
+        more=True,
+        rl=True,
+    ),
 ]
 
 NAMES = {
@@ -175,6 +267,9 @@ NAMES = {
     "reason_direct": "sums of three numbers and word problems, answered at once",
     "reason": "sums of three numbers and word problems, thinking first (before: answered at once)",
     "well_formed": "thoughts that end, with an answer behind them",
+    "problems": "verified answers to unseen problems (differences, comparisons, ...)",
+    "tools": "two-step tool tasks with unseen arguments, right at the end",
+    "tools_one": "one-step tool tasks with unseen arguments",
     "val_accuracy": "unseen pairs: the better answer is preferred",
     "val_margin": "unseen pairs: margin between the two rewards",
     "val_logp_chosen": "unseen pairs: log-probability of the better answer, per token",
@@ -182,7 +277,11 @@ NAMES = {
     "val_agreement": "likeliest token is the teacher's, unseen answers",
 }
 PLAIN = ("bits_per_byte", "val_margin", "val_logp_chosen")  # numbers, not shares
-METRIC_EXAM = {"well_formed": "reason", "ended": "chat"}  # metrics that an exam of another name gives
+METRIC_EXAM = {
+    "well_formed": "reason",
+    "ended": "chat",
+    "tools_one": "tools",
+}  # metrics that an exam of another name gives
 BEFORE = {"reason": "reason_direct"}  # what it must beat is another exam
 
 
@@ -432,9 +531,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--stages",
         default="default",
-        choices=("default", "all", "more"),
+        choices=("default", "all", "more", "rl"),
         help="default = pretraining and fine-tuning; all = everything that there is; more = all but the "
-        "default ones, on their weights in --out_dir (default: default)",
+        "default ones, on their weights in --out_dir; rl = of those reinforcement learning (default: default)",
     )
     default = ROOT / "out" / "quickstart"
     parser.add_argument("--out_dir", type=Path, default=default, help="(default: out/quickstart)")
@@ -446,12 +545,13 @@ def main(args):
     out = args.out_dir.resolve()
     seeds = args.seeds or [args.seed]
     ledgers = []
-    stages = [s for s in STAGES if args.stages == "all" or s.more == (args.stages == "more")]
+    wanted = {"all": lambda s: True, "more": lambda s: s.more, "rl": lambda s: s.rl}
+    stages = [s for s in STAGES if wanted.get(args.stages, lambda s: not s.more)(s)]
     for seed in seeds:
         folder = out if len(seeds) == 1 else out / f"seed{seed}"
-        if args.stages == "more" and not (folder / f"full_sft_{HIDDEN}.pth").exists():
+        if args.stages in ("more", "rl") and not (folder / f"full_sft_{HIDDEN}.pth").exists():
             raise SystemExit(
-                f"--stages more needs the weights of a run before it in {relative(folder)}: none"
+                f"--stages {args.stages} needs the weights of a run before it in {relative(folder)}: none"
             )
         ledger = run_once(folder, seed, stages)
         write_json(folder / "ledger.json", ledger)

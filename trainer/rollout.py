@@ -74,6 +74,13 @@ class LocalEngine:
         self.generator = Generator(model, dtype, max_rows=512)
         self.version = 0
 
+    @classmethod
+    def of(cls, generator):
+        """Around a generator that exists."""
+        engine = cls.__new__(cls)
+        engine.generator, engine.version = generator, 0
+        return engine
+
     def generate(self, prompts, seeds, num_return_sequences, max_new_tokens, temperature):
         """Completions a, a, b, b of prompts (lists of ids), one seed for each prompt."""
         return self.generator.generate(
