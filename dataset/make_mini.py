@@ -456,8 +456,9 @@ class Curriculum:
     def tool_rows(
         self, rng: random.Random, count: int, two_steps: float = 0.06, sloppy: float = 0.0
     ) -> list[dict]:
-        """Conversations with calls and results: mostly one call, some with two, one after the other. sloppy: share
-        of those with two in which the assistant does the first task only and forgets the second."""
+        """Conversations with calls and results: mostly one call, some with two, one after the other.
+        sloppy: share of those with two in which the assistant does the first task only and forgets the
+        second."""
         found = []
         for i in range(count):
             language = LANGUAGES[i % 2]
@@ -473,10 +474,10 @@ class Curriculum:
         return found
 
     def tools_and_talk(self) -> list[dict]:
-        """Tool use of mixed quality, as demonstrations are: half of the conversations ask for two things, and in
-        most of these the second is forgotten. Imitation learns both ways; what is worth a reward is left for
-        the agent to find out. As many conversations without tools, which are short, so that what was learned
-        before is not forgotten."""
+        """Tool use of mixed quality, as demonstrations are: half of the conversations ask for two things,
+        and in most of these the second is forgotten. Imitation learns both ways; what is worth a reward is
+        left for the agent to find out. As many conversations without tools, which are short, so that what
+        was learned before is not forgotten."""
         rng, count = self.rng("sft_tools"), self.count("tools")
         found = self.tool_rows(rng, count, two_steps=0.5, sloppy=0.55)
         facts = self.fact_rows(rng, 2)

@@ -1,11 +1,12 @@
-"""Prompts for reinforcement learning: what the model is asked, and what a right answer must say if that is known.
+"""Prompts for reinforcement learning: what the model is asked, and what a right answer must say if that is
+known.
 
     train, val = load_prompts("dataset/rlaif.jsonl", tokenizer, max_seq_len=512)
     prompt = train[7]                       # Prompt: messages, tools, expected
     ids = train.ids(7, open_thinking=False) # up to and including the generation prompt
 
-Rows are {"conversations": [..., user, placeholder]} with, where an answer can be checked, "answer" (a value) or
-"gt" (a list of values that must all be said).
+Rows are {"conversations": [..., user, placeholder]}; where an answer can be checked, with "answer" (a value)
+or "gt" (a list of values that must all be said).
 """
 
 import functools
@@ -108,9 +109,11 @@ class PromptDataset:
 
 
 def load_prompts(
-    path, tokenizer, max_seq_len, *, kind="rlaif", val_fraction=0.0, seed=42, cache_dir=None, pack=True, num_workers=None
+    path, tokenizer, max_seq_len, *, kind="rlaif", val_fraction=0.0, seed=42, cache_dir=None, pack=True,
+    num_workers=None
 ):  # fmt: skip
-    """`(train, val)` PromptDatasets; val is None when val_fraction is 0. kind "agent" wants "gt" in every row.
+    """`(train, val)` PromptDatasets; val is None when val_fraction is 0. kind "agent" wants "gt" in every
+    row.
 
     `path`: one file, or several separated by commas. A prompt longer than max_seq_len is left out and
     counted: cut at its end it would ask nothing, cut at its beginning it would miss its tools. The held-out
@@ -154,9 +157,9 @@ def encode_prompts(tokenizer, prompts) -> list[list[int]]:
 
 
 def tool_reply(tokenizer, results: list[str], open_thinking=False) -> list[int]:
-    """The ids that follow an assistant's <|im_end|> when tools answered: their results, and the prompt for the
-    next turn. Found by rendering a conversation with and without them, so that the template alone decides;
-    what a result says can never become a special token."""
+    """The ids that follow an assistant's <|im_end|> when tools answered: their results, and the prompt for
+    the next turn. Found by rendering a conversation with and without them, so that the template alone
+    decides; what a result says can never become a special token."""
     encoder = TextEncoder.of(tokenizer)
     before = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
     after = [*before, *({"role": "tool", "content": text} for text in results)]

@@ -167,8 +167,8 @@ def examine(
 
 
 def verified_tasks(engine, tokenizer, path: Path, name: str, num_items: int = 0) -> dict[str, list[float]]:
-    """Greedy success on prompts of reinforcement learning, by the rule that pays for them: {metric: 0.0 or 1.0 of
-    each prompt}. Tools are played to the end, in at most four turns."""
+    """Greedy success on prompts of reinforcement learning, by the rule that pays for them: {metric: 0.0 or
+    1.0 of each prompt}. Tools are played to the end, in at most four turns."""
     from types import SimpleNamespace
 
     from dataset.prompts import load_prompts

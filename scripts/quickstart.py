@@ -3,7 +3,7 @@
     python scripts/quickstart.py                   # curriculum, pretraining, fine-tuning, a conversation
     python scripts/quickstart.py --stages all      # and what else a model can be taught: LoRA, reasoning, ...
     python scripts/quickstart.py --stages more     # only those, on the weights that an earlier run left
-    python scripts/quickstart.py --stages rl       # of those only reinforcement learning: GRPO, SPO, PPO, agent
+    python scripts/quickstart.py --stages rl       # of those only reinforcement learning
     python scripts/quickstart.py --seeds 42,43,44  # three runs: mean and spread of every number
     python scripts/quickstart.py --out_dir my_try --seed 7
 
@@ -533,7 +533,8 @@ def parse_args(argv=None):
         default="default",
         choices=("default", "all", "more", "rl"),
         help="default = pretraining and fine-tuning; all = everything that there is; more = all but the "
-        "default ones, on their weights in --out_dir; rl = of those reinforcement learning (default: default)",
+        "default ones, on their weights in --out_dir; rl = of those, reinforcement learning (default: "
+        "default)",
     )
     default = ROOT / "out" / "quickstart"
     parser.add_argument("--out_dir", type=Path, default=default, help="(default: out/quickstart)")

@@ -1,4 +1,5 @@
-"""What the tests of reinforcement learning share: prompts, tiny runs, and an engine that says what it is told."""
+"""What the tests of reinforcement learning share: prompts, tiny runs, and an engine that says what it is
+told."""
 
 import argparse
 import json
@@ -55,8 +56,8 @@ def flags(stage, folder, *more, steps=3) -> list[str]:
     if not (folder / f"out/full_sft_32{'_moe' if moe else ''}.pth").exists():
         fields = dict(use_moe=True, num_experts=3, moe_intermediate_size=32) if moe else {}
         base_weights(folder, **{"initializer_range": 0.2} | fields)
-    base = f"""--data_path {folder / "data.jsonl"} --save_dir {folder / "out"} --max_seq_len 512 --batch_size 4
-        --checkpoint_dir {folder / "checkpoints"} --max_steps {steps} --log_interval 1 --save_interval 2
+    base = f"""--data_path {folder / "data.jsonl"} --save_dir {folder / "out"} --max_seq_len 512
+        --batch_size 4 --checkpoint_dir {folder / "checkpoints"} --max_steps {steps} --log_interval 1 --save_interval 2
         --val_interval 0 --val_fraction 0 --learning_rate 1e-3 --device cpu --dtype float32 --use_compile 0
         --num_threads 1 --max_gen_len 6 --pass_k 2 --val_prompts 4 --tax_path none""".split()
     if stage in ("grpo", "agent"):

@@ -1,5 +1,5 @@
-"""What holds for every stage of reinforcement learning: resume is exact, two processes make the weights of one,
-and what is logged is true."""
+"""What holds for every stage of reinforcement learning: resume is exact, two processes make the weights of
+one, and what is logged is true."""
 
 import json
 import os
@@ -171,8 +171,8 @@ rollout.hidden_states = lambda model, batch: original(bare(model), batch)
 
 
 def test_a_forward_pass_around_the_wrapper_would_be_noticed(tmp_path):
-    """The defect of the reference implementations: nothing averages the gradients, every process trains a model
-    of its own."""
+    """The defect of the reference implementations: nothing averages the gradients, every process trains a
+    model of its own."""
     write_files(tmp_path)
     start_two(tmp_path, BYPASS)
     first, second = (torch.load(tmp_path / f"grpo_{rank}.pt") for rank in "01")
@@ -186,7 +186,8 @@ def test_a_forward_pass_around_the_wrapper_would_be_noticed(tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_first_update_finds_a_policy_that_has_not_moved(tmp_path, stage):
-    """Ratio 1, no drift, no KL to the model that the run began with, and the sampler's own log-probabilities."""
+    """Ratio 1, no drift, no KL to the model that the run began with, and the sampler's own
+    log-probabilities."""
     beta = ["--beta", "0.1"]
     train(stage, tmp_path, *beta, "--mini_batch_size", 0, "--update_iters", 1, steps=1)
     (line,) = [x for x in lines(tmp_path, stage) if "reward" in x]

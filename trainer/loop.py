@@ -28,8 +28,8 @@ def optimizer_step(
     micro_loss(model, batch, totals) -> (this micro-batch's share of the loss, {name: sum for the log}), where
     `totals` are those counts of the whole step. A sum whose name has no count is counted as "loss" is.
     A step in which there is nothing to learn (zero for "loss") changes nothing and is counted.
-    refuse(means) -> bool, asked before the optimizers move: True leaves everything as it was, momentum too, and
-    the log's line says "refused". means: every sum over all processes, divided by its count.
+    refuse(means) -> bool, asked before the optimizers move: True leaves everything as it was, momentum too,
+    and the log's line says "refused". means: every sum over all processes, divided by its count.
     """
     lr = optim.set_lr(optimizers, lr_factor)
     if counts is None:

@@ -23,8 +23,8 @@ from trainer.rewards import HackingGauge, Rewards, verified
 class Course:
     """One run of a stage: what it reads, who answers, what an answer is worth, and who watches.
 
-    play(engine, prompts, rows, places, step, args, tokenizer, num_answers, greedy) -> samples: `play_once`, or
-    `converse` with tools.
+    play(engine, prompts, rows, places, step, args, tokenizer, num_answers, greedy) -> samples: `play_once`,
+    or `converse` with tools.
     """
 
     def __init__(self, stage, args, rt, path, kind="rlaif", play=rollout.play_once):
@@ -153,8 +153,8 @@ class Course:
         return figures | found
 
     def held_out_kl(self, model, samples) -> float | None:
-        """k3 of the policy to the model that the run began with, mean over the tokens of held-out answers; None
-        when that model is gone."""
+        """k3 of the policy to the model that the run began with, mean over the tokens of held-out answers;
+        None when that model is gone."""
         args, rt = self.args, self.rt
         parent = self.reference
         if parent is None:
@@ -180,7 +180,8 @@ class Course:
 
 
 def load(loader, path, tokenizer, args, rt):
-    """`batches.load` for prompts, which need no cache; beside the curriculum's file its held-out one is used."""
+    """`batches.load` for prompts, which need no cache; beside the curriculum's file its held-out one is
+    used."""
     from pathlib import Path
 
     first = Path(str(path).split(",")[0])
@@ -197,15 +198,15 @@ def load(loader, path, tokenizer, args, rt):
 
 
 def load_reference(run, args, tokenizer, rt):
-    """The frozen model that the KL is measured to, when --beta asks for one. Raises CheckpointError when there
-    is none."""
+    """The frozen model that the KL is measured to, when --beta asks for one. Raises CheckpointError when
+    there is none."""
     if not args.beta:
         return None
     reference = checkpoint.load_parent(args, run.parent, tokenizer, rt)
     if reference is None:
         raise checkpoint.CheckpointError(
             f"the KL (--beta {args.beta:g}) is measured to the weights that the run began with, and "
-            f"{args.from_weight} in {checkpoint.shown(args.save_dir)} is not there any more, or another file: "
+            f"{args.from_weight} in {checkpoint.shown(args.save_dir)} is gone, or is another file now: "
             "restore it, or pass --beta 0"
         )
     return reference

@@ -89,8 +89,8 @@ def add_rollout(parser, num_generations: int | None, max_gen_len: int):
         type=cli.non_negative_float,
         default=2.0,
         metavar="C",
-        help="the sampler rounds otherwise than the scorer: every token's loss is weighted by their ratio, at "
-        "most C (truncated importance sampling); 0 = not",
+        help="the sampler rounds otherwise than the scorer: every token's loss is weighted by their ratio, "
+        "at most C (truncated importance sampling); 0 = not",
     )
 
 
@@ -136,8 +136,8 @@ def add_update(parser, beta: float, beta_names=("--beta",)):
         "--kl_type",
         choices=("k2", "k3", "corrected"),
         default="k3",
-        help="estimator of that KL in the loss: k2 has the gradient of KL(policy|reference), k3 is Schulman's, "
-        "corrected = ratio x k3",
+        help="estimator of that KL in the loss: k2 has the gradient of KL(policy|reference), k3 is "
+        "Schulman's, corrected = ratio x k3",
     )
     g.add_argument(
         "--mini_batch_size",
@@ -186,7 +186,7 @@ def add_watching(parser):
         type=cli.count,
         default=4,
         metavar="K",
-        help="besides the likeliest answer, sample K: the share of prompts with a right one is pass@K; 0 = not",
+        help="besides the likeliest answer, sample K: the share of prompts with a right one is pass@K; 0 = no",
     )
 
 
@@ -212,6 +212,6 @@ def add_reasoning(parser):
         type=cli.switch,
         default=0,
         metavar="0|1",
-        help="1 = every prompt opens a think block, start from the weights `reason`, and the reward `tags` is "
-        "added, all unless told otherwise",
+        help="1 = every prompt opens a think block, start from the weights `reason`, and the reward `tags` "
+        "is added, all unless told otherwise",
     )

@@ -1,5 +1,5 @@
-"""What to look at while a policy learns: figures for the log (docs/metrics.md has formula, sign and unit of each),
-and the samples themselves.
+"""What to look at while a policy learns: figures for the log (docs/metrics.md has formula, sign and unit of
+each), and the samples themselves.
 
 Every figure is a sum and a count, so that micro-batches and processes add up to the figure of the whole step.
 """
@@ -50,8 +50,8 @@ def token_figures(
 
 
 def counts_of(micro_batches) -> dict:
-    """What the sums of an update are divided by: its sampled tokens ("loss"), its answers; figures of tokens by
-    those tokens that were computed."""
+    """What the sums of an update are divided by: its sampled tokens ("loss"), its answers; figures of
+    tokens by those tokens that were computed."""
     counts = {"loss": micro_batches.num_targets, "answers": micro_batches.num_rows}
     counts["aux_loss"] = len(micro_batches)
     return counts | dict.fromkeys(TOKEN_FIGURES, micro_batches.num_shown)
@@ -64,7 +64,8 @@ def kl_figures(logps, reference) -> dict:
 
 
 def effective_share(weights) -> float:
-    """(sum w)^2 / (n sum w^2), between 1/n and 1: of n weighted samples, how many say something. Kish 1965."""
+    """(sum w)^2 / (n sum w^2), between 1/n and 1: of n weighted samples, how many say something. Kish
+    1965."""
     total = float((weights.double() ** 2).sum())
     return float(weights.double().sum()) ** 2 / (len(weights) * total) if total else 1.0
 
@@ -137,8 +138,8 @@ def anything(values, which, trajectories, args, rt) -> bool:
 
 
 def merged(updates: list[dict]) -> dict:
-    """The figures of the updates of one step as those of one: sums and counts add up, the gradient norm is the
-    largest."""
+    """The figures of the updates of one step as those of one: sums and counts add up, the gradient norm is
+    the largest."""
     found: dict = {}
     for figures in updates:
         for name, value in figures.items():

@@ -1,18 +1,19 @@
 """Samples for reinforcement learning: who answers, what exactly was sampled, and how it becomes a batch.
 
-The contract, which keeps the policy gradient honest: token ids in, token ids out. A sample carries the ids that
-were drawn, the log-probability of the distribution each was drawn from, which ids the policy drew at all (what
-a tool said between them is not its doing), why it ended, and the version of the weights. Nothing is decoded
-and encoded again; what a sample is, it is by index, never by comparing ids with a pad or end token.
+The contract, which keeps the policy gradient honest: token ids in, token ids out. A sample carries the ids
+that were drawn, the log-probability of the distribution each was drawn from, which ids the policy drew at
+all (what a tool said between them is not its doing), why it ended, and the version of the weights. Nothing
+is decoded and encoded again; what a sample is, it is by index, never by comparing ids with a pad or end
+token.
 
-    engine = make_engine(args, model, tokenizer, rt)
-    samples = answer(engine, prompts, rows, places, step, args, tokenizer)             # G answers to each prompt
-    samples = converse(engine, prompts, rows, places, step, args, tokenizer)           # with tools, in turns
+    engine = make_engine(args, model, rt, tokenizer)
+    samples = answer(engine, prompts, rows, places, step, args, tokenizer)     # G answers to each prompt
+    samples = converse(engine, prompts, rows, places, step, args, tokenizer)   # with tools, in turns
     trajectories = Trajectories(samples)
     for batch in trajectories.micro_batches(range(len(samples)), args, pad_id, rt): ...
 
-Draws are a function of (weights, seed, step, place of the prompt in the step, number of the sample): any number
-of processes, and a resumed run, sample alike (but where rounding decides between two tokens).
+Draws are a function of (weights, seed, step, place of the prompt in the step, number of the sample): any
+number of processes, and a resumed run, sample alike (but where rounding decides between two tokens).
 """
 
 from __future__ import annotations
@@ -162,8 +163,9 @@ def answer(engine, prompts, rows, places, step, args, tokenizer, num_answers=Non
 
 
 def converse(engine, prompts, rows, places, step, args, tokenizer, num_answers=None, greedy=False):
-    """Conversations with tools: the policy writes a turn, tools answer its calls, and so on until a turn calls
-    nothing, for at most --max_turns turns and --max_total_len tokens. All conversations move on together.
+    """Conversations with tools: the policy writes a turn, tools answer its calls, and so on until a turn
+    calls nothing, for at most --max_turns turns and --max_total_len tokens. All conversations move on
+    together.
 
     The ids of earlier turns stay exactly as they were sampled; behind them only the tools' answers are
     encoded. What the last `generate` was given is therefore what training sees.
@@ -248,9 +250,10 @@ def cut_unanswered_end(sample: Sample):
 class Trajectories:
     """The samples of this process in one step, their sampled tokens side by side.
 
-    S samples with N sampled tokens in all, in order: sequence (N,) int64, the sample a token belongs to; length
-    (S,) its sampled tokens; first (S,) and last (S,) their numbers; sampler (N,) float32, log-probabilities
-    while sampling. Whatever else belongs to a token (an advantage, a value, a reference) is another (N,) vector.
+    S samples with N sampled tokens in all, in order: sequence (N,) int64, the sample a token belongs to;
+    length (S,) its sampled tokens; first (S,) and last (S,) their numbers; sampler (N,) float32,
+    log-probabilities while sampling. Whatever else belongs to a token (an advantage, a value, a reference)
+    is another (N,) vector.
     """
 
     def __init__(self, samples: list[Sample], device="cpu", without_cut=False):
@@ -286,10 +289,11 @@ class Trajectories:
         return table, exists
 
     def micro_batches(self, which, args, pad_id, rt, silent=()) -> batches.StepBatches:
-        """The samples `which`, packed into rows, in micro-batches of at most --tokens_at_once tokens. Each has
-        input_ids, labels, position_ids and tokens (R, T): the number of a sampled token, -1 for every other.
-        At least one micro-batch, so that every process takes part in the exchange of gradients. silent: samples
-        that need not be computed because they have no gradient; they are counted all the same."""
+        """The samples `which`, packed into rows, in micro-batches of at most --tokens_at_once tokens. Each
+        has input_ids, labels, position_ids and tokens (R, T): the number of a sampled token, -1 for every
+        other. At least one micro-batch, so that every process takes part in the exchange of gradients.
+        silent: samples that need not be computed because they have no gradient; they are counted all the
+        same."""
         import numpy as np
 
         limit = args.tokens_at_once or (4096 if rt.device.type == "cpu" else 32768)
@@ -323,8 +327,8 @@ class Trajectories:
 
 
 def policy_logprobs(model, batch, head, temperature=1.0):
-    """What the model thinks of the sampled tokens of a micro-batch: their log-probabilities (n,), which tokens
-    these are (n,), the entropy at each (n,), and the balance loss (None when dense)."""
+    """What the model thinks of the sampled tokens of a micro-batch: their log-probabilities (n,), which
+    tokens these are (n,), the entropy at each (n,), and the balance loss (None when dense)."""
     hidden, aux_loss = hidden_states(model, batch)
     keep, targets = answer_positions(batch["labels"])
     tokens = next_of(batch["tokens"], -1)[keep]
@@ -333,9 +337,9 @@ def policy_logprobs(model, batch, head, temperature=1.0):
 
 
 def score(model, micro_batches, num_tokens, args, rt, values=policy_logprobs, **settings) -> torch.Tensor:
-    """`values(model, batch, **settings)` -> (numbers, tokens, ...) of every sampled token, (N,) float32 without
-    a gradient. Computed by the very code that trains, compiled if it is, so that a policy which has not moved
-    finds a ratio of one."""
+    """`values(model, batch, **settings)` -> (numbers, tokens, ...) of every sampled token, (N,) float32
+    without a gradient. Computed by the very code that trains, compiled if it is, so that a policy which has
+    not moved finds a ratio of one."""
     compiled = str(args.use_compile) == "1" and model.training
     found = torch.zeros(num_tokens, dtype=torch.float32, device=rt.device)
     with torch.set_grad_enabled(compiled):

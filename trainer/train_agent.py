@@ -1,4 +1,5 @@
-"""Agentic reinforcement learning: the model calls tools, reads what they answer, and is rewarded for the result.
+"""Agentic reinforcement learning: the model calls tools, reads what they answer, and is rewarded for the
+result.
 
     trajectory = prompt, (turn of the policy, results of its calls) ... last turn
     one reward for the whole of it, delayed to its end; advantages and losses are those of train_grpo.py, over
@@ -11,12 +12,13 @@ Success is that the last turn states all expected values ("gt").
 
 Loss only on own tokens: Jin et al. 2025, https://arxiv.org/abs/2503.09516, section 3.1.
 
-    python trainer/train_agent.py --from_weight tools
+    python trainer/train_agent.py
     python trainer/train_agent.py --data_path my_tasks.jsonl --loss_type cispo --max_turns 4
     torchrun --nproc_per_node 2 trainer/train_agent.py
 
-Reads lines {"conversations": [system with tools, user, placeholder], "gt": [values]} and out/full_sft_512.pth;
-writes out/agent_512.pth. Tools: trainer/tools.py. Next: python eval_llm.py --weight agent.
+Reads lines {"conversations": [system with tools, user, placeholder], "gt": [values]} and
+out/full_sft_512.pth; writes out/agent_512.pth. Tools: trainer/tools.py. Next: python eval_llm.py --weight
+agent.
 """
 
 import sys
@@ -58,8 +60,8 @@ def parse_args(argv=None):
     args = rl_flags.checked(parser, with_loss_defaults(parser.parse_args(argv)))
     if args.max_total_len < args.max_seq_len + args.max_gen_len:
         parser.error(
-            f"--max_total_len {args.max_total_len} cannot hold a prompt of --max_seq_len {args.max_seq_len} and "
-            f"one turn of --max_gen_len {args.max_gen_len} tokens"
+            f"--max_total_len {args.max_total_len} cannot hold a prompt of --max_seq_len {args.max_seq_len} "
+            f"and one turn of --max_gen_len {args.max_gen_len} tokens"
         )
     return args
 

@@ -1,18 +1,20 @@
 """Group relative policy optimisation: answer every prompt several times, and learn from what was better than
 the group's average. No critic, no reward model needed where answers can be checked.
 
-    A_i = (R_i - mean of the group) / (std of the group + 1e-4)            the same for all tokens of answer i
-    r_t = pi(y_t) / pi_old(y_t),   l_t = - min(r_t A, clip(r_t, 1 - eps, 1 + eps_high) A) + beta KL(pi | reference)
+    A_i = (R_i - mean of the group) / (std of the group + 1e-4)          the same for all tokens of answer i
+    r_t = pi(y_t) / pi_old(y_t)
+    l_t = - min(r_t A, clip(r_t, 1 - eps, 1 + eps_high) A) + beta KL(pi | reference)
 
-    grpo     mean over answers of the mean over their tokens    (Shao 2024, https://arxiv.org/abs/2402.03300 eq. 3)
-    dr_grpo  A without std; sum / (longest answer x answers): no answer gains by its length or its group's
-             spread                                             (Liu 2025, https://arxiv.org/abs/2503.20783 sec. 3.1)
+    grpo     mean over answers of the mean over their tokens
+             (Shao 2024, https://arxiv.org/abs/2402.03300, equation 3)
+    dr_grpo  A without std; sum / (longest answer x answers): no answer gains by its length or by its group's
+             spread (Liu 2025, https://arxiv.org/abs/2503.20783, section 3.1)
     dapo     mean over all tokens, eps_high .28, groups without a difference are sampled again, answers near
-             the length limit are punished                      (Yu 2025, https://arxiv.org/abs/2503.14476 eq. 8)
+             the length limit are punished (Yu 2025, https://arxiv.org/abs/2503.14476, equation 8)
     gspo     one ratio per answer, the geometric mean of its tokens', eps 3e-4 / 4e-4
-                                                                (Zheng 2025, https://arxiv.org/abs/2507.18071 eq. 5)
+             (Zheng 2025, https://arxiv.org/abs/2507.18071, equation 5)
     cispo    l_t = - min(r_t, eps_high).detach() A log pi(y_t): a token beyond the cap keeps its gradient
-                                                       (MiniMax-M1 2025, https://arxiv.org/abs/2506.13585 eq. 4)
+             (MiniMax-M1 2025, https://arxiv.org/abs/2506.13585, equation 4)
 
 With one update per step pi_old is pi itself and r is 1: clipping acts from the second update on
 (--mini_batch_size, --update_iters).
@@ -42,8 +44,9 @@ EPSILON = {"gspo": (3e-4, 4e-4), "dapo": (0.2, 0.28), "cispo": (0.0, 5.0)}  # ot
 
 def group_advantages(rewards, scale="group", rt=None):
     """rewards (P, G) of this process's prompts -> advantages (P, G): what is above the mean of its group,
-    divided by the group's std ("group"), the std of all rewards of the step ("batch"), or by nothing ("none").
-    The std is that of a sample (n - 1). Equal rewards are exactly 0: rounding must not become a direction."""
+    divided by the group's std ("group"), the std of all rewards of the step ("batch"), or by nothing
+    ("none"). The std is that of a sample (n - 1). Equal rewards are exactly 0: rounding must not become a
+    direction."""
     import torch
 
     from trainer import runtime
@@ -68,8 +71,8 @@ def clipped_loss(log_ratio, advantages, epsilon, epsilon_high):
 
 
 def answer_mean(log_ratio, answers):
-    """log of gspo's ratio: the mean over the tokens of the answer, at each of them (n,). answers (n,): which of
-    them a token belongs to; all tokens of an answer must be here."""
+    """log of gspo's ratio: the mean over the tokens of the answer, at each of them (n,). answers (n,):
+    which of them a token belongs to; all tokens of an answer must be here."""
     import torch
 
     zeros = log_ratio.new_zeros(int(answers.max()) + 1 if len(answers) else 0)
@@ -129,8 +132,8 @@ def grpo_loss(model, batch, totals, head, step, args):
         losses = gspo_loss(log_ratio, advantages, epsilon, epsilon_high, step.sequence[at])
     else:
         losses = clipped_loss(log_ratio, advantages, epsilon, epsilon_high)
-    # What was sampled came from the sampler's rounding of pi_old; weighted by the ratio of the two it is as if
-    # pi_old had been sampled (truncated importance sampling, https://fengyao.notion.site/off-policy-rl).
+    # What was sampled came from the sampler's rounding of pi_old; weighted by the ratio of the two it is as
+    # if pi_old had been sampled (truncated importance sampling, https://fengyao.notion.site/off-policy-rl).
     mismatch = old - step.sampler[at]
     trust = mismatch.exp().clamp(max=args.tis_cap).detach() if args.tis_cap else 1.0
     losses = losses * trust
@@ -194,7 +197,7 @@ def add_group_flags(g, loss_type):
     g.add_argument(
         "--scale_rewards",
         choices=("group", "batch", "none"),
-        help="what advantages are divided by: the std of the group or of all; without it group (dr_grpo none)",
+        help="what advantages are divided by: std of the group, or of all; without it group (dr_grpo none)",
     )
     g.add_argument(
         "--update_iters",
@@ -221,8 +224,8 @@ def with_loss_defaults(args):
 
 
 def learn_from_groups(course, groups, offered, step, lr_factor):
-    """The updates of one step from groups of answers, each (samples, rewards, components, success); returns the
-    line of the log. offered: groups that were sampled to find these."""
+    """The updates of one step from groups of answers, each (samples, rewards, components, success); returns
+    the line of the log. offered: groups that were sampled to find these."""
     import torch
 
     from trainer import loop, rl_metrics, runtime

@@ -4,10 +4,11 @@
     L_pi = mean over tokens of max(-A r, -A clip(r, 1 - eps, 1 + eps)),   r = pi(y_t) / pi_old(y_t)
     L_V  = 1/2 mean of max((V - R)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R)^2)
 
-The state is what was written so far, the action the next token; V_t is read at the position that predicts token
-t. The score of an answer is the reward of its last token. A are whitened over all tokens of the step, R are
-not. Several updates are made from one rollout: minibatches in --ppo_update_iters passes, which end early, with
-nothing moved, when the policy has drifted further than --early_stop_kl from the one that sampled.
+The state is what was written so far, the action the next token; V_t is read at the position that predicts
+token t. The score of an answer is the reward of its last token. A are whitened over all tokens of the step,
+R are not. Several updates are made from one rollout: minibatches in --ppo_update_iters passes, which end
+early, with nothing moved, when the policy has drifted further than --early_stop_kl from the one that
+sampled.
 
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equations 7 and 9; GAE: https://arxiv.org/abs/1506.02438,
 equation 16; for language models: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3.5.
@@ -62,8 +63,9 @@ def token_rewards(scores, last, old, reference=None, kl_coef=0.0):
 
 
 def policy_loss(logps, old, advantages, epsilon, dual_clip=0.0):
-    """The clipped loss of every token (n,). dual_clip c > 1: where A < 0 it is at most -c A, so that one token
-    which has become likely cannot pull without bound (Ye et al. 2020, https://arxiv.org/abs/1912.09729)."""
+    """The clipped loss of every token (n,). dual_clip c > 1: where A < 0 it is at most -c A, so that one
+    token which has become likely cannot pull without bound (Ye et al. 2020,
+    https://arxiv.org/abs/1912.09729)."""
     import torch
 
     ratio = (logps - old).exp()
@@ -87,8 +89,8 @@ def value_loss(values, old_values, returns, epsilon):
 
 
 def actor_loss(model, batch, totals, head, step, args):
-    """What one micro-batch adds to L_pi, and its sums for the log. step: trajectories (trainer/rollout.py) with
-    `old`, `advantages` and perhaps `reference`, (N,) each; totals: tokens of the update ("loss")."""
+    """What one micro-batch adds to L_pi, and its sums for the log. step: trajectories (trainer/rollout.py)
+    with `old`, `advantages` and perhaps `reference`, (N,) each; totals: tokens of the update ("loss")."""
     from trainer import rl_metrics
     from trainer.rollout import policy_logprobs
     from trainer.train_grpo import reference_kl

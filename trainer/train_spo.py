@@ -39,8 +39,9 @@ RANGES = {  # of reward components; others: 0 to 1
 
 
 def first_counts(successes, num_samples, rho_min):
-    """alpha and beta of prompts of which `successes` (P,) out of num_samples were seen: N0 = 1 / (1 - rho_min)
-    answers' worth of the smoothed share (successes + .5) / (num_samples + 1); without samples .5 and .5."""
+    """alpha and beta of prompts of which `successes` (P,) out of num_samples were seen: N0 = 1 / (1 -
+    rho_min) answers' worth of the smoothed share (successes + .5) / (num_samples + 1); without samples .5
+    and .5."""
     if not num_samples:
         return successes * 0 + 0.5, successes * 0 + 0.5
     strength, share = 1 / (1 - rho_min), (successes + 0.5) / (num_samples + 1)
@@ -48,7 +49,8 @@ def first_counts(successes, num_samples, rho_min):
 
 
 def forgetting(change, half, rho_min, rho_max):
-    """rho (n,): how much of the past still counts after the policy changed by `change` (n,) nats per token."""
+    """rho (n,): how much of the past still counts after the policy changed by `change` (n,) nats per
+    token."""
     return (2 ** (-change / half)).clamp(rho_min, rho_max)
 
 
@@ -58,8 +60,8 @@ def prompt_weights(value):
 
 
 def draw_prompts(weights, count, seed):
-    """`count` different prompts by weight, a function of the seed; all of them, several times over, when there
-    are not so many."""
+    """`count` different prompts by weight, a function of the seed; all of them, several times over, when
+    there are not so many."""
     import torch
 
     generator = torch.Generator().manual_seed(seed % 2**63)
