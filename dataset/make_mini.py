@@ -475,11 +475,11 @@ class Curriculum:
 
     def tools_and_talk(self) -> list[dict]:
         """Tool use of mixed quality, as demonstrations are: half of the conversations ask for two things,
-        and in most of these the second is forgotten. Imitation learns both ways; what is worth a reward is
+        and in many of these the second is forgotten. Imitation learns both ways; what is worth a reward is
         left for the agent to find out. As many conversations without tools, which are short, so that what
         was learned before is not forgotten."""
         rng, count = self.rng("sft_tools"), self.count("tools")
-        found = self.tool_rows(rng, count, two_steps=0.5, sloppy=0.55)
+        found = self.tool_rows(rng, count, two_steps=0.5, sloppy=0.4)
         facts = self.fact_rows(rng, 2)
         found += rng.sample(facts, min(len(facts), count * 5 // 8)) + self.sum_rows(rng, count * 3 // 8)
         found += self.other_math_rows(rng, count // 16) + self.chat_rows(rng, count // 32)

@@ -90,7 +90,7 @@ def be_a_process(top, rank, ports):
         os.environ["MASTER_PORT"] = str(port)
         seen = []
 
-        def step(model, *rest):
+        def step(model, *rest, seen=seen):
             norm = original(model, *rest)
             seen.append([p.detach().clone() for p in runtime.bare(model).parameters()])
             return norm

@@ -211,10 +211,10 @@ def test_a_tool_is_asked_and_its_answer_read(tasks, tokenizer):
     # what the last turn was given is what is trained on: the same ids, in the same order
     assert engine.contexts[-1] == (sample.prompt + sample.ids)[: len(engine.contexts[-1])]
     # and it is the conversation as the template writes it, end tokens of both turns among the policy's own
-    arguments = {"expression": "6 * 7"}
+    arguments = {"arguments": {"expression": "6 * 7"}}
     messages = [
         *tasks[0].messages,
-        {"role": "assistant", "content": "", "tool_calls": [{"name": "calculate_math", "arguments": arguments}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "calculate_math", **arguments}]},
         {"role": "tool", "content": '{"result": 42}'},
         {"role": "assistant", "content": "It is 42."},
     ]  # fmt: skip

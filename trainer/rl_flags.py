@@ -186,7 +186,7 @@ def add_watching(parser):
         type=cli.count,
         default=4,
         metavar="K",
-        help="besides the likeliest answer, sample K: the share of prompts with a right one is pass@K; 0 = no",
+        help="beside the likeliest answer sample K: the share of prompts with a right one is pass@K; 0 = off",
     )
 
 
