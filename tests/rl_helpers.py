@@ -57,9 +57,10 @@ def flags(stage, folder, *more, steps=3) -> list[str]:
         fields = dict(use_moe=True, num_experts=3, moe_intermediate_size=32) if moe else {}
         base_weights(folder, **{"initializer_range": 0.2} | fields)
     base = f"""--data_path {folder / "data.jsonl"} --save_dir {folder / "out"} --max_seq_len 512
-        --batch_size 4 --checkpoint_dir {folder / "checkpoints"} --max_steps {steps} --log_interval 1 --save_interval 2
-        --val_interval 0 --val_fraction 0 --learning_rate 1e-3 --device cpu --dtype float32 --use_compile 0
-        --num_threads 1 --max_gen_len 6 --pass_k 2 --val_prompts 4 --tax_path none""".split()
+        --batch_size 4 --checkpoint_dir {folder / "checkpoints"} --max_steps {steps} --log_interval 1
+        --save_interval 2 --val_interval 0 --val_fraction 0 --learning_rate 1e-3 --device cpu --dtype
+        float32 --use_compile 0 --num_threads 1 --max_gen_len 6 --pass_k 2 --val_prompts 4 --tax_path
+        none""".split()
     if stage in ("grpo", "agent"):
         base += ["--num_generations", "3"]
     if stage == "spo":

@@ -438,8 +438,8 @@ def same_model_flags(args, known=None) -> str:
 
 
 def draw_curve(log: Path, picture: Path) -> bool:
-    """Loss, validation loss and learning rate over steps, as a PNG. Returns False, with a line, without
-    matplotlib."""
+    """Loss, validation loss and learning rate over steps, as a PNG; of reinforcement learning, whose loss
+    says little, reward and held-out success. Returns False, with a line, without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -449,17 +449,19 @@ def draw_curve(log: Path, picture: Path) -> bool:
     from matplotlib.figure import Figure
 
     records = read_log(log)
-    train = [(r["step"], r["loss"]) for r in records if isinstance(r.get("loss"), int | float)]
-    held_out = [(r["step"], r["val_loss"]) for r in records if isinstance(r.get("val_loss"), int | float)]
+    learns = any("reward" in r and "val_loss" not in r and "length" in r for r in records)
+    shown, checked = ("reward", "val_pass1") if learns else ("loss", "val_loss")
+    train = [(r["step"], r[shown]) for r in records if isinstance(r.get(shown), int | float)]
+    held_out = [(r["step"], r[checked]) for r in records if isinstance(r.get(checked), int | float)]
     rates = [(r["step"], r["lr"]) for r in records if isinstance(r.get("lr"), int | float)]
     if not train:
         return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*train), label="loss", linewidth=1)
+    axes.plot(*zip(*train), label=shown, linewidth=1)
     if held_out:
-        axes.plot(*zip(*held_out), "o-", label="val_loss", markersize=3)
-    axes.set(xlabel="optimizer step", ylabel="loss", title=log.stem.removesuffix("_log"))
+        axes.plot(*zip(*held_out), "o-", label=checked, markersize=3)
+    axes.set(xlabel="step" if learns else "optimizer step", ylabel=shown, title=log.stem.removesuffix("_log"))
     axes.grid(alpha=0.3)
     right = axes.twinx()
     right.plot(*zip(*rates), color="gray", linewidth=0.8, alpha=0.6, label="lr")
