@@ -72,7 +72,7 @@ def main(args):
     stages = [s for s in args.stages.split(",") if any((f / f"{s}_log.jsonl").exists() for f in folders)]
     if not stages:
         raise SystemExit(
-            f"no log of {args.stages} in {', '.join(map(str, folders))}: run scripts/quickstart.py --stages rl"
+            f"no log of {args.stages} in {chr(44).join(map(str, folders))}: run quickstart.py --stages rl"
         )
     draw(folders, stages, args.out)
     print(f"{args.out}: {', '.join(stages)} of {len(folders)} run{'s' * (len(folders) > 1)}")

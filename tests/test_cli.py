@@ -10,6 +10,7 @@ from train_helpers import REPO, stage_module
 from trainer import cli
 
 STAGES = ["pretrain", "full_sft", "lora", "reason", "dpo", "distillation", "reward"]
+STAGES += ["grpo", "ppo", "spo", "agent"]
 
 # MiniMind's flags of all its scripts, old and new spellings; what it declared but never read is left out.
 MINIMIND_FLAGS = """
@@ -24,6 +25,17 @@ OF_A_STAGE = {
     "distillation": """--alpha --temperature --student_hidden_size --student_num_layers --student_use_moe
         --teacher_hidden_size --teacher_num_layers --teacher_use_moe --from_student_weight
         --from_teacher_weight""",
+    "ppo": """--critic_learning_rate --clip_epsilon --vf_coef --kl_coef --gamma --lam --cliprange_value
+        --ppo_update_iters --early_stop_kl --mini_batch_size --debug_log_ratio --reasoning --reward_model_path
+        --max_gen_len --debug_mode --debug_interval --thinking_ratio --rollout_engine --sglang_base_url
+        --sglang_shared_path""",
+    "grpo": """--num_generations --beta --loss_type --epsilon --epsilon_high --reasoning --reward_model_path
+        --max_gen_len --debug_mode --debug_interval --thinking_ratio --rollout_engine --sglang_base_url
+        --sglang_shared_path""",
+    "spo": "--beta --reasoning --reward_model_path --max_gen_len",
+    "agent": """--num_generations --beta --loss_type --epsilon --epsilon_high --max_total_len --max_gen_len
+        --debug_mode --debug_interval --thinking_ratio --reward_model_path --rollout_engine --sglang_base_url
+        --sglang_shared_path""",
 }
 
 
