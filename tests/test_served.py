@@ -116,6 +116,7 @@ def test_draws_follow_the_seed_of_the_prompt_and_nothing_else(kind, start):
     engine, _ = start(kind, policy())
     once = [a.ids for a in engine.generate(PROMPTS, SEEDS, 2, 12, 1.0)]
     assert [a.ids for a in engine.generate(PROMPTS[1:2], SEEDS[1:2], 2, 12, 1.0)] == once[2:4]
+    assert [a.ids for a in engine.generate(PROMPTS, SEEDS, 1, 12, 1.0)] == once[::2], "first of its group"
     assert [a.ids for a in engine.generate(PROMPTS, [1, 2, 3], 2, 12, 1.0)] != once
 
 
