@@ -216,10 +216,8 @@ def generate_by_growing(model, ids, mask, max_new_tokens):
 
 
 def minimind_rollout(model, generate, prompts, tokenizer, job) -> dict:
-    """Answers, what they are worth, and the sampler's log-probabilities: output (B, P + T) token ids, seen
-    likewise (1 = no padding), mask (B, T) the tokens of an answer up to its end token, old (B, T), rewards
-    (B,).
-    """
+    """Answers, what they are worth, and the sampler's log-probabilities: output (B, P + T) token ids; seen,
+    its attention mask; mask (B, T), the tokens of an answer up to its end token; old (B, T); rewards (B,)."""
     import torch
 
     ids, given = left_padded(prompts, job["num_generations"], job["device"])
