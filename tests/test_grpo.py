@@ -15,15 +15,15 @@ from stage_helpers import base_weights, plain_descent
 from train_helpers import assert_bit_equal, largest_difference, log_lines, weights, write_lines
 
 from trainer import rl_metrics, rollout, runtime, train_grpo
+from trainer.rl_flags import LOSS_TYPES
 from trainer.rollout import Sample, Trajectories
 from trainer.train_grpo import (
-    LOSS_TYPES,
     cispo_loss,
     clipped_loss,
     group_advantages,
     grpo_loss,
     gspo_loss,
-    reference_kl,
+    reference_kl_loss,
     token_weights,
 )
 
@@ -97,9 +97,9 @@ def test_every_cispo_token_keeps_its_gradient():
 def test_kl_estimates_by_hand():
     ours, reference = f64(math.log(0.4)), f64(math.log(0.3))
     same = ours - ours
-    assert near(reference_kl(ours, reference, same, "k2"), [0.0413805])
-    assert near(reference_kl(ours, reference, same, "k3"), [0.0376821])
-    assert near(reference_kl(ours, reference, f64(math.log(2)), "corrected"), [2 * 0.0376821])
+    assert near(reference_kl_loss(ours, reference, same, "k2"), [0.0413805])
+    assert near(reference_kl_loss(ours, reference, same, "k3"), [0.0376821])
+    assert near(reference_kl_loss(ours, reference, f64(math.log(2)), "corrected"), [2 * 0.0376821])
     figures = rl_metrics.kl_figures(ours, reference)
     assert near(figures["kl_k1"], [0.2876821]) and near(figures["kl"], [0.0376821])
 
@@ -467,7 +467,7 @@ def expected_gradient(kind, theta, reference, sampled_from=None):
     if kind == "k1":
         estimates = logps - reference
     else:
-        estimates = reference_kl(logps, reference, logps - old, kind)
+        estimates = reference_kl_loss(logps, reference, logps - old, kind)
     (old.exp() * estimates).sum().backward()
     return theta.grad
 
@@ -507,9 +507,9 @@ def test_values_of_kl_estimators():
         torch.randn(5, generator=draw, dtype=torch.float64).log_softmax(0) for _ in "123"
     )
     kl = float((ours.exp() * (ours - reference)).sum())
-    k3 = reference_kl(ours, reference, ours - ours, "k3")
+    k3 = reference_kl_loss(ours, reference, ours - ours, "k3")
     assert float((ours.exp() * k3).sum()) == pytest.approx(kl) and (k3 >= 0).all()
-    off_policy = reference_kl(ours, reference, ours - then, "corrected")
+    off_policy = reference_kl_loss(ours, reference, ours - then, "corrected")
     assert float((then.exp() * off_policy).sum()) == pytest.approx(kl)
     figures = rl_metrics.kl_figures(ours, reference)
     assert float(figures["kl"]) == pytest.approx(float(k3.sum()))

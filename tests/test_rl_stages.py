@@ -51,7 +51,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, stage):
     """Weights bit by bit, and the same rollouts."""
     more = [*BUSY[stage], "--val_fraction", 0.2, "--val_interval", 3, "--debug_interval", 1]
     train(stage, tmp_path / "whole", *more, steps=12)
-    updates = 2 * (2 if stage in ("ppo", "spo") else 2)
+    updates = 4
     at = random.randint(2 * updates + 1, 8 * updates)
     print(f"killed in update {at}")
     train_and_kill(stage, tmp_path / "broken", more, "runtime.optimizer_step", at, "rl_helpers")

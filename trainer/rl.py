@@ -156,6 +156,8 @@ class Course:
         """k3 of the policy to the model that the run began with, mean over the tokens of held-out answers;
         None when that model is gone."""
         args, rt = self.args, self.rt
+        if not args.pass_k:
+            return None  # a KL is an expectation over samples, and there are none
         parent = self.reference
         if parent is None:
             parent = checkpoint.load_parent(args, self.run.parent, self.tokenizer, rt)
@@ -203,6 +205,11 @@ def load_reference(run, args, tokenizer, rt):
     if not args.beta:
         return None
     reference = checkpoint.load_parent(args, run.parent, tokenizer, rt)
+    if reference is None and args.from_weight == "none":
+        raise checkpoint.CheckpointError(
+            f"a KL (--beta or --kl_coef {args.beta:g}) is measured to the weights that the run began with: "
+            "give some with --from_weight, or pass 0"
+        )
     if reference is None:
         raise checkpoint.CheckpointError(
             f"the KL (--beta {args.beta:g}) is measured to the weights that the run began with, and "

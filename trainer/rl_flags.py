@@ -10,6 +10,9 @@ args = rl_flags.checked(parser, parser.parse_args(argv))
 
 from trainer import cli
 
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+EPSILON = {"gspo": (3e-4, 4e-4), "dapo": (0.2, 0.28), "cispo": (0.0, 5.0)}  # others: .2 both ways
+
 # What differs from a supervised stage: rows are prompts, rates are small, and an answer that is not rounded.
 DEFAULTS = dict(
     optimizer="adamw",
@@ -215,3 +218,44 @@ def add_reasoning(parser):
         help="1 = every prompt opens a think block, start from the weights `reason`, and the reward `tags` "
         "is added, all unless told otherwise",
     )
+
+
+def add_group_flags(g, loss_type):
+    """The flags of group advantages and losses, for train_agent too."""
+    g.add_argument("--loss_type", choices=LOSS_TYPES, default=loss_type, help="see above")
+    g.add_argument(
+        "--epsilon", type=cli.non_negative_float, metavar="X", help="lower clip; without it .2 (gspo 3e-4)"
+    )
+    g.add_argument(
+        "--epsilon_high",
+        type=cli.non_negative_float,
+        metavar="X",
+        help="upper clip; without it as --epsilon, dapo .28, gspo 4e-4; for cispo the cap itself, 5",
+    )
+    g.add_argument(
+        "--scale_rewards",
+        choices=("group", "batch", "none"),
+        help="what advantages are divided by: std of the group, or of all; without it group (dr_grpo none)",
+    )
+    g.add_argument(
+        "--update_iters",
+        type=cli.positive_int,
+        default=1,
+        metavar="N",
+        help="passes over the samples of a step",
+    )
+
+
+def with_loss_defaults(args):
+    """The defaults that follow from --loss_type."""
+    epsilon, high = EPSILON.get(args.loss_type, (0.2, None))
+    args.epsilon = epsilon if args.epsilon is None else args.epsilon
+    if args.epsilon_high is None:
+        args.epsilon_high = args.epsilon if high is None else high
+    args.scale_rewards = args.scale_rewards or ("none" if args.loss_type == "dr_grpo" else "group")
+    dapo = args.loss_type == "dapo"
+    if getattr(args, "dynamic_sampling", 0) is None:
+        args.dynamic_sampling = 3 if dapo else 0
+    if args.overlong is None:
+        args.overlong = "soft" if dapo else "score"
+    return args

@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs from any directory
 
 from trainer import cli, rl_flags  # the rest is imported where it is used: --help comes before torch
-from trainer.train_grpo import add_group_flags, learn_from_groups, with_loss_defaults
+from trainer.train_grpo import learn_from_groups  # a conversation is an answer that took several turns
 
 
 def parse_args(argv=None):
@@ -54,10 +54,10 @@ def parse_args(argv=None):
     )
     rl_flags.add_rewards(parser, default="correct:1,tools:0.1")
     g = rl_flags.add_update(parser, beta=0.0)
-    add_group_flags(g, loss_type="cispo")
+    rl_flags.add_group_flags(g, loss_type="cispo")
     rl_flags.add_watching(parser)
     cli.add_tax_path(parser)
-    args = rl_flags.checked(parser, with_loss_defaults(parser.parse_args(argv)))
+    args = rl_flags.checked(parser, rl_flags.with_loss_defaults(parser.parse_args(argv)))
     if args.max_total_len < args.max_seq_len + args.max_gen_len:
         parser.error(
             f"--max_total_len {args.max_total_len} cannot hold a prompt of --max_seq_len {args.max_seq_len} "

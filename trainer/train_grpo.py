@@ -38,9 +38,6 @@ from trainer import (
     rl_flags,
 )  # the rest is imported where it is used: --help answers before torch is there
 
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
-EPSILON = {"gspo": (3e-4, 4e-4), "dapo": (0.2, 0.28), "cispo": (0.0, 5.0)}  # others: .2 both ways
-
 
 def group_advantages(rewards, scale="group", rt=None):
     """rewards (P, G) of this process's prompts -> advantages (P, G): what is above the mean of its group,
@@ -91,7 +88,7 @@ def cispo_loss(logps, log_ratio, advantages, cap):
     return -log_ratio.exp().clamp(max=cap).detach() * advantages * logps
 
 
-def reference_kl(logps, reference, log_ratio, kind="k3"):
+def reference_kl_loss(logps, reference, log_ratio, kind="k3"):
     """Estimates of the KL to the reference at sampled tokens (n,), with the gradient they are wanted for:
     k2 = d^2/2 has that of KL(policy | reference), k3 = exp(-d) - 1 + d that of KL(reference | policy),
     "corrected" = ratio x k3 that of KL(policy | reference) off-policy too (DeepSeek-V3.2). d = log policy -
@@ -138,7 +135,7 @@ def grpo_loss(model, batch, totals, head, step, args):
     trust = mismatch.exp().clamp(max=args.tis_cap).detach() if args.tis_cap else 1.0
     losses = losses * trust
     if step.reference is not None:
-        losses = losses + args.beta * reference_kl(logps, step.reference[at], log_ratio, args.kl_type)
+        losses = losses + args.beta * reference_kl_loss(logps, step.reference[at], log_ratio, args.kl_type)
     weights = token_weights(args.loss_type, step.length_of[at], totals, args.max_gen_len)
     loss = (losses * weights).sum()
     clipped_by = answer_mean(log_ratio, step.sequence[at]) if args.loss_type == "gspo" else log_ratio
@@ -168,7 +165,7 @@ def parse_args(argv=None):
     rl_flags.add_rollout(parser, num_generations=8, max_gen_len=256)
     rl_flags.add_rewards(parser)
     g = rl_flags.add_update(parser, beta=0.0)
-    add_group_flags(g, loss_type="grpo")
+    rl_flags.add_group_flags(g, loss_type="grpo")
     g.add_argument(
         "--dynamic_sampling",
         type=cli.count,
@@ -179,48 +176,7 @@ def parse_args(argv=None):
     rl_flags.add_watching(parser)
     cli.add_tax_path(parser)
     rl_flags.add_reasoning(parser)
-    return rl_flags.checked(parser, with_loss_defaults(parser.parse_args(argv)))
-
-
-def add_group_flags(g, loss_type):
-    """The flags of group advantages and losses, for train_agent too."""
-    g.add_argument("--loss_type", choices=LOSS_TYPES, default=loss_type, help="see above")
-    g.add_argument(
-        "--epsilon", type=cli.non_negative_float, metavar="X", help="lower clip; without it .2 (gspo 3e-4)"
-    )
-    g.add_argument(
-        "--epsilon_high",
-        type=cli.non_negative_float,
-        metavar="X",
-        help="upper clip; without it as --epsilon, dapo .28, gspo 4e-4; for cispo the cap itself, 5",
-    )
-    g.add_argument(
-        "--scale_rewards",
-        choices=("group", "batch", "none"),
-        help="what advantages are divided by: std of the group, or of all; without it group (dr_grpo none)",
-    )
-    g.add_argument(
-        "--update_iters",
-        type=cli.positive_int,
-        default=1,
-        metavar="N",
-        help="passes over the samples of a step",
-    )
-
-
-def with_loss_defaults(args):
-    """The defaults that follow from --loss_type."""
-    epsilon, high = EPSILON.get(args.loss_type, (0.2, None))
-    args.epsilon = epsilon if args.epsilon is None else args.epsilon
-    if args.epsilon_high is None:
-        args.epsilon_high = args.epsilon if high is None else high
-    args.scale_rewards = args.scale_rewards or ("none" if args.loss_type == "dr_grpo" else "group")
-    dapo = args.loss_type == "dapo"
-    if getattr(args, "dynamic_sampling", 0) is None:
-        args.dynamic_sampling = 3 if dapo else 0
-    if args.overlong is None:
-        args.overlong = "soft" if dapo else "score"
-    return args
+    return rl_flags.checked(parser, rl_flags.with_loss_defaults(parser.parse_args(argv)))
 
 
 def learn_from_groups(course, groups, offered, step, lr_factor):

@@ -93,7 +93,7 @@ def actor_loss(model, batch, totals, head, step, args):
     with `old`, `advantages` and perhaps `reference`, (N,) each; totals: tokens of the update ("loss")."""
     from trainer import rl_metrics
     from trainer.rollout import policy_logprobs
-    from trainer.train_grpo import reference_kl
+    from trainer.train_grpo import reference_kl_loss
 
     logps, at, entropy, aux_loss = policy_logprobs(model, batch, head, args.temperature)
     old, advantages = step.old[at], step.advantages[at]
@@ -104,7 +104,9 @@ def actor_loss(model, batch, totals, head, step, args):
     if step.reference is not None:
         kl = rl_metrics.kl_figures(logps.detach(), step.reference[at])
         if args.kl_in == "loss":
-            losses = losses + args.beta * reference_kl(logps, step.reference[at], logps - old, args.kl_type)
+            losses = losses + args.beta * reference_kl_loss(
+                logps, step.reference[at], logps - old, args.kl_type
+            )
     loss = losses.sum() / totals["loss"]
     epsilon = args.clip_epsilon
     sums = rl_metrics.token_figures(logps, old, entropy, advantages, mismatch, epsilon, epsilon, args) | kl
