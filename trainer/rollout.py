@@ -123,6 +123,8 @@ def send_weights(engine, model, tokenizer, version: int, rt):
     if isinstance(engine, LocalEngine):
         engine.update(model, tokenizer, version)
         return
+    if engine.version == version:
+        return  # it has them
     if rt.is_main:
         engine.update(runtime.bare(model), tokenizer, version)
     engine.version = runtime.broadcast(version, rt)
