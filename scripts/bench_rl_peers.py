@@ -12,6 +12,7 @@ no gradient to compute and would win by not working.
 import copy
 import json
 import os
+import runpy
 import sys
 import time
 from contextlib import nullcontext
@@ -90,11 +91,13 @@ def read_prompts(job) -> list:
 def job_ours(job: dict) -> dict:
     """The stage as a user starts it, but for the reward, which no user would want."""
     bench_contenders.add_our_root()
-    from trainer import cli, rewards, rl, train_grpo  # noqa: F401 (rl: its imports belong to the process)
+    from trainer import rewards, rl  # noqa: F401 (rl: its imports belong to the process)
 
     rewards.COMPONENTS["characters"] = lambda answer: different_characters(answer.text)
     before = peak_bytes()
-    cli.run(train_grpo.main, train_grpo.parse_args, [*job["flags"], "--reward", "characters"])
+    script = str(ROOT / "trainer" / "train_grpo.py")
+    sys.argv = [script, *job["flags"], "--reward", "characters"]
+    runpy.run_path(script, run_name="__main__")
     return steps_of_log(Path(job["log"])) | dict(rss_before_bytes=before)
 
 
