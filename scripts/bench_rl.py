@@ -93,7 +93,7 @@ def run_contender(args, name, number) -> dict:
         dtype = "bfloat16" if reduced else "float32"
         known |= dict(contender=name, minimind=args.minimind, folder=args.work_dir / place, dtype=dtype)
         run = run_job(args, kind, place, micro_batches=micro_batches(args), **known) | dict(dtype=dtype)
-    if not run["moved"]:
+    if not run["moved"] and not args.quick:  # of so few answers all may be worth the same
         raise BenchError(f"{NAMES[name]} made a step that moved no weight: it did less than the others")
     if args.device == "cuda":
         run["rss_bytes"], run["rss_before_bytes"] = run["cuda_peak_bytes"], None

@@ -120,7 +120,7 @@ def steps_of_log(path: Path) -> dict:
         steps=steps,
         cuda_peak_bytes=1e9 * (lines[-1].get("memory_gb") or 0),  # of tensors, when there is a GPU
         silent_share=sum(line.get("degenerate", 0) for line in lines) / len(lines),
-        moved=min(line["grad_norm"] for line in lines),
+        moved=min(line.get("grad_norm") or 0.0 for line in lines),
     )
 
 

@@ -87,11 +87,15 @@ def test_log_of_ours(tmp_path):
     for step, end in ((1, 7.0), (2, 9.5)):
         line = dict(step=step, time_s=end, rollout_s=1.5, sampled_tokens=96.0, memory_gb=0.5)
         lines.append(line | dict(degenerate=0.5 * (step - 1), grad_norm=float(step)))
+    lines.append({"step": 2, "val_kl": 0.2, "time_s": 11.0})
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     found = peers.steps_of_log(path)
     assert found["steps"][1] == dict(seconds=2.5, rollout_s=1.5, update_s=1.0, sampled_tokens=96)
     assert (found["silent_share"], found["moved"], found["cuda_peak_bytes"]) == (0.25, 1.0, 0.5e9)
+    del lines[-2]["grad_norm"]  # of a step without a gradient
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert peers.steps_of_log(path)["moved"] == 0.0
 
 
 # -- the command line
