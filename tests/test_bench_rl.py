@@ -183,6 +183,16 @@ def test_everybody_gets_the_prompts_of_our_stage_in_its_order(job):
     assert peers.left_padded([[5, 6], [7]], 2)[0].tolist() == [[5, 6], [5, 6], [0, 7], [0, 7]]
 
 
+def test_given_weights_are_those_that_everybody_starts_from(job, tmp_path):
+    import torch
+
+    other = job | dict(weights=job["weights"], seed=4, folder=str(tmp_path / "other"))
+    found = peers.read_weights(peers.job_prepare(other)["weights"])
+    torch.testing.assert_close(
+        found["model.embed_tokens.weight"], ours(job).model.embed_tokens.weight.detach(), rtol=0, atol=0
+    )
+
+
 def test_minimind_shape_scores_as_our_model_does(job):
     """Padded on the left and in a batch it sees what we see alone: it computes the same thing, if slower. The
     sampler's score, of the last positions only, is the same again."""
