@@ -83,6 +83,16 @@ def read_prompts(job) -> list:
     return json.loads(Path(job["prompts"]).read_text(encoding="utf-8"))
 
 
+def clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def cpu_share(began, job) -> float:
+    """CPU seconds since `began` per wall second and thread: what others left to this process."""
+    wall, cpu = (now - then for now, then in zip(clocks(), began))
+    return cpu / (wall * job["threads"])
+
+
 # --------------------------------------------------------------------------------------------------
 # Ours
 # --------------------------------------------------------------------------------------------------
@@ -94,11 +104,9 @@ def job_ours(job: dict) -> dict:
     from trainer import rewards, rl  # noqa: F401 (rl: its imports belong to the process)
 
     rewards.COMPONENTS["characters"] = lambda answer: different_characters(answer.text)
-    before = peak_bytes()
-    script = str(ROOT / "trainer" / "train_grpo.py")
-    sys.argv = [script, *job["flags"], "--reward", "characters"]
-    runpy.run_path(script, run_name="__main__")
-    return steps_of_log(Path(job["log"])) | dict(rss_before_bytes=before)
+    before, began = peak_bytes(), clocks()
+    cli.run(train_grpo.main, train_grpo.parse_args, [*job["flags"], "--reward", "characters"])
+    return steps_of_log(Path(job["log"])) | dict(rss_before_bytes=before, cpu_share=cpu_share(began, job))
 
 
 def steps_of_log(path: Path) -> dict:
@@ -113,7 +121,7 @@ def steps_of_log(path: Path) -> dict:
         steps=steps,
         cuda_peak_bytes=1e9 * (lines[-1].get("memory_gb") or 0),  # of tensors, when there is a GPU
         silent_share=sum(line.get("degenerate", 0) for line in lines) / len(lines),
-        moved=min(line["grad_norm"] for line in lines),
+        moved=min(line.get("grad_norm") or 0.0 for line in lines),
     )
 
 
@@ -148,7 +156,7 @@ def job_minimind(job: dict) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=job["learning_rate"])
     generate = generate_of_checkout if from_checkout else generate_by_growing
     start = first_weights(model)
-    steps = []
+    steps, began = [], clocks()
     for prompts in read_prompts(job):
         begin = time.perf_counter()
         rollout = minimind_rollout(model, generate, prompts, tokenizer, job)
@@ -158,7 +166,10 @@ def job_minimind(job: dict) -> dict:
         wait(job)
         tokens = int(rollout["mask"].sum())
         steps.append(figures(time.perf_counter() - begin, rollout_seconds, tokens))
-    return dict(steps=steps, rss_before_bytes=before, moved=moved(model, start), **cuda_peak(job))
+    share = cpu_share(began, job)
+    return dict(
+        steps=steps, rss_before_bytes=before, moved=moved(model, start), cpu_share=share, **cuda_peak(job)
+    )
 
 
 def minimind_model(job, modules=None):
@@ -311,15 +322,16 @@ def job_trl(job: dict) -> dict:
     transformers.utils.logging.disable_progress_bar()
     trainer, seen = trl_trainer(job)
     start = first_weights(trainer.model)
+    began = clocks()
     seen["marks"].append(time.perf_counter())
     trainer.train()
+    share = cpu_share(began, job)
     if seen["prompts"] != read_prompts(job):
         raise SystemExit("error: trl did not answer the prompts it was given, in their order")
     seconds = [b - a for a, b in zip(seen["marks"], seen["marks"][1:])]
     steps = [figures(*one) for one in zip(seconds, seen["rollouts"], seen["tokens"])]
-    return dict(
-        steps=steps, rss_before_bytes=seen["rss"], moved=moved(trainer.model, start), **cuda_peak(job)
-    )
+    found = dict(steps=steps, rss_before_bytes=seen["rss"], moved=moved(trainer.model, start))
+    return found | dict(cpu_share=share) | cuda_peak(job)
 
 
 def trl_trainer(job):
