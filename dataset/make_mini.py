@@ -438,31 +438,42 @@ class Curriculum:
     # ---- tools
 
     def tool_task(
-        self, rng: random.Random, language: str, held: bool | None = False, name: str | None = None
+        self,
+        rng: random.Random,
+        language: str,
+        held: bool | None = False,
+        name: str | None = None,
+        small=False,
     ) -> dict:
         """One tool use: question part, call, result, answer sentence and expected value.
 
-        `held` picks arguments of the held-out hash class (None: any)."""
+        `held` picks arguments of the held-out hash class (None: any); small: as in mini_tasks.draw_task."""
         name = name or rng.choice(list(mini_tools.TOOLS))
         # the translator's answers would give unasked words away
         words = [(w[0], w[1]) for w in mini_world.rows(mini_world.WORDS) if w[0] in self.split.asked["word"]]
         while True:
-            task = mini_tasks.draw_task(rng, language, name, words)
+            task = mini_tasks.draw_task(rng, language, name, words, small)
             # languages share the hash class because arguments are the same objects
             is_held = self.split.held_class(5, "tool", name, json.dumps(task["arguments"], sort_keys=True))
             if held is None or is_held == held:
                 return task
 
     def tool_rows(
-        self, rng: random.Random, count: int, two_steps: float = 0.06, sloppy: float = 0.0
+        self,
+        rng: random.Random,
+        count: int,
+        two_steps: float = 0.06,
+        sloppy: float = 0.0,
+        small: bool = False,
     ) -> list[dict]:
         """Conversations with calls and results: mostly one call, some with two, one after the other.
         sloppy: share of those with two in which the assistant does the first task only and forgets the
-        second."""
+        second; small: as in mini_tasks.draw_task."""
         found = []
         for i in range(count):
             language = LANGUAGES[i % 2]
-            tasks = [self.tool_task(rng, language) for _ in range(2 if rng.random() < two_steps else 1)]
+            steps = 2 if rng.random() < two_steps else 1
+            tasks = [self.tool_task(rng, language, small=small) for _ in range(steps)]
             messages = [mini_tasks.system_message(rng, [t["name"] for t in tasks], 1)]
             messages.append({"role": "user", "content": mini_tasks.question(tasks, language)})
             if len(tasks) == 2 and sloppy and rng.random() < sloppy:
@@ -475,11 +486,11 @@ class Curriculum:
 
     def tools_and_talk(self) -> list[dict]:
         """Tool use of mixed quality, as demonstrations are: half of the conversations ask for two things,
-        and in many of these the second is forgotten. Imitation learns both ways; what is worth a reward is
+        and in most of these the second is forgotten. Imitation learns both ways; what is worth a reward is
         left for the agent to find out. As many conversations without tools, which are short, so that what
         was learned before is not forgotten."""
         rng, count = self.rng("sft_tools"), self.count("tools")
-        found = self.tool_rows(rng, count, two_steps=0.5, sloppy=0.4)
+        found = self.tool_rows(rng, count, two_steps=0.5, sloppy=0.55, small=True)
         facts = self.fact_rows(rng, 2)
         found += rng.sample(facts, min(len(facts), count * 5 // 8)) + self.sum_rows(rng, count * 3 // 8)
         found += self.other_math_rows(rng, count // 16) + self.chat_rows(rng, count // 32)
@@ -495,7 +506,7 @@ class Curriculum:
             # held-out rows need unseen arguments: tools with few possible arguments (cities) are left out
             names = list(mini_tasks.OPEN_TOOLS if held else mini_tools.TOOLS)
             chosen = rng.sample(names, steps)
-            tasks = [self.tool_task(rng, language, held, name) for name in chosen]
+            tasks = [self.tool_task(rng, language, held, name, small=True) for name in chosen]
             system = mini_tasks.system_message(rng, [t["name"] for t in tasks], 1)
             question = mini_tasks.question(tasks, language)
             if question in seen and held:

@@ -83,12 +83,16 @@ RESULT_KEY = {
 OPEN_TOOLS = ("calculate_math", "unit_converter", "random_number", "text_length", "day_of_week")
 
 
-def draw_task(rng: random.Random, language: str, name: str, words: list[tuple[str, str]]) -> dict:
-    """A random task for one tool. `words`: (English, Chinese) pairs for the translator."""
+def draw_task(
+    rng: random.Random, language: str, name: str, words: list[tuple[str, str]], small: bool = False
+) -> dict:
+    """A random task for one tool. `words`: (English, Chinese) pairs for the translator; small: numbers whose
+    results a small model can copy."""
     en, show = language == "en", {}
     if name == "calculate_math":
         sign, *names = rng.choice([("*", "times", "乘以"), ("*", "times", "乘以"), ("-", "minus", "减")])
-        a, b = rng.randint(11, 99), rng.randint(2, 9) if sign == "*" else rng.randint(2, 99)
+        a, b = (11, 99), (2, 9) if sign == "*" else (2, 99)
+        a, b = rng.randint(*(a if small else (100, 999))), rng.randint(*(b if small else (2, 99)))
         arguments = {"expression": f"{a} {sign} {b}"}
         show = {"a": a, "b": b, "sign": sign, "word": f"{names[0 if en else 1]}"}
     elif name in ("get_current_time", "get_current_weather"):

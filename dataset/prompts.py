@@ -108,17 +108,13 @@ class PromptDataset:
         return line
 
 
-def load_prompts(
-    path, tokenizer, max_seq_len, *, kind="rlaif", val_fraction=0.0, seed=42, cache_dir=None, pack=True,
-    num_workers=None
-):  # fmt: skip
+def load_prompts(path, tokenizer, max_seq_len, *, kind="rlaif", val_fraction=0.0):
     """`(train, val)` PromptDatasets; val is None when val_fraction is 0. kind "agent" wants "gt" in every
     row.
 
     `path`: one file, or several separated by commas. A prompt longer than max_seq_len is left out and
     counted: cut at its end it would ask nothing, cut at its beginning it would miss its tools. The held-out
-    share is chosen by a hash of the tokens. Raises DataError naming file and line. cache_dir, pack and
-    num_workers are those of other data sets and mean nothing here.
+    share is chosen by a hash of the tokens. Raises DataError naming file and line.
     """
     prompts = []
     names = [name.strip() for name in str(path).split(",") if name.strip()]

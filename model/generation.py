@@ -670,7 +670,8 @@ class Generator:
 
     Args:
         model: a MiniMindLM, dense or mixture. It may go on training: changed parameters are noticed
-            at the next call (`refresh()` does it at once, and is needed after writing to `parameter.data`).
+            at the next call (`refresh()` does it at once, and is needed after writing to `parameter.data` and
+            after a step of one of torch's fused optimizers, which leave no trace).
         dtype: "auto" = as in training: bfloat16 where this machine multiplies it faster, else int8 for models
             at least 256 wide on CPUs with fast products of 8-bit numbers, else float32; "int8" = 8-bit
             weights, and such products where the CPU has them.

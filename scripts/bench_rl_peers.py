@@ -105,7 +105,9 @@ def job_ours(job: dict) -> dict:
 
     rewards.COMPONENTS["characters"] = lambda answer: different_characters(answer.text)
     before, began = peak_bytes(), clocks()
-    cli.run(train_grpo.main, train_grpo.parse_args, [*job["flags"], "--reward", "characters"])
+    script = str(ROOT / "trainer" / "train_grpo.py")
+    sys.argv = [script, *job["flags"], "--reward", "characters"]
+    runpy.run_path(script, run_name="__main__")
     return steps_of_log(Path(job["log"])) | dict(rss_before_bytes=before, cpu_share=cpu_share(began, job))
 
 

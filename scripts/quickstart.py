@@ -51,6 +51,7 @@ STUDENT = (
 
 # Reinforcement learning: 256 answers in a step, four updates from them.
 RL = "--max_gen_len 64 --mini_batch_size 64 --warmup_steps 5 --val_interval 20".split()
+GROUPS = "--batch_size 16 --num_generations 16 --dynamic_sampling 2"
 TOOL_USE = "--max_seq_len 448 --max_gen_len 96 --max_total_len 900".split()
 
 
@@ -69,6 +70,23 @@ class Stage:
     adapter: bool = False  # it writes lora/<name>_256.pth, to be added to what it is compared with
     more: bool = False  # only with --stages all or more
     rl: bool = False  # and with --stages rl
+
+
+def on_problems(name: str, title: str, script: str, flags: str) -> Stage:
+    """A stage of reinforcement learning on prompts whose answers can be checked."""
+    return Stage(
+        name,
+        title,
+        script,
+        "rlaif.jsonl",
+        [*RL, "--max_steps", "60", *flags.split()],
+        compared_with="full_sft",
+        shows=["problems"],
+        costs=["facts_asked", "sums"],
+        heldout="rlaif_heldout.jsonl",
+        more=True,
+        rl=True,
+    )
 
 
 STAGES = [
@@ -169,60 +187,30 @@ STAGES = [
         heldout="sft_heldout.jsonl",
         more=True,
     ),
-    Stage(
+    on_problems(
         "grpo",
         "GRPO: sixteen answers to a question, what is better than their average is reinforced",
         "trainer/train_grpo.py",
-        "rlaif.jsonl",
-        [*RL, *"--batch_size 16 --num_generations 16 --dynamic_sampling 2".split()]
-        + "--max_steps 60 --learning_rate 4e-5".split(),
-        compared_with="full_sft",
-        shows=["problems"],
-        costs=["facts_asked", "sums"],
-        heldout="rlaif_heldout.jsonl",
-        more=True,
-        rl=True,
+        f"{GROUPS} --learning_rate 4e-5",
     ),
-    Stage(
+    on_problems(
         "cispo",
         "the same with the loss of CISPO",
         "trainer/train_grpo.py",
-        "rlaif.jsonl",
-        [*RL, *"--loss_type cispo --batch_size 16 --num_generations 16 --dynamic_sampling 2".split()]
-        + "--max_steps 60 --learning_rate 4e-5".split(),
-        compared_with="full_sft",
-        shows=["problems"],
-        costs=["facts_asked", "sums"],
-        heldout="rlaif_heldout.jsonl",
-        more=True,
-        rl=True,
+        f"{GROUPS} --learning_rate 4e-5 --loss_type cispo",
     ),
-    Stage(
+    on_problems(
         "spo",
         "SPO: one answer to each of many questions, compared with the question's past",
         "trainer/train_spo.py",
-        "rlaif.jsonl",
-        [*RL, *"--batch_size 256 --max_steps 60 --learning_rate 3e-5".split()],
-        compared_with="full_sft",
-        shows=["problems"],
-        costs=["facts_asked", "sums"],
-        heldout="rlaif_heldout.jsonl",
-        more=True,
-        rl=True,
+        "--batch_size 256 --learning_rate 3e-5",
     ),
-    Stage(
+    on_problems(
         "ppo_actor",
         "PPO: an actor, and a critic that judges every token",
         "trainer/train_ppo.py",
-        "rlaif.jsonl",
-        [*RL, *"--batch_size 256 --max_steps 60 --learning_rate 3e-5 --critic_learning_rate 3e-4".split()]
-        + "--critic_warmup 5 --update_iters 1 --kl_coef 0".split(),
-        compared_with="full_sft",
-        shows=["problems"],
-        costs=["facts_asked", "sums"],
-        heldout="rlaif_heldout.jsonl",
-        more=True,
-        rl=True,
+        "--batch_size 256 --learning_rate 3e-5 --critic_learning_rate 3e-4 --critic_warmup 5 "
+        "--update_iters 1 --kl_coef 0",
     ),
     Stage(
         "tools",
@@ -241,12 +229,8 @@ STAGES = [
         "agent: calls tools, is paid for the result",
         "trainer/train_agent.py",
         "agent_rl.jsonl",
-        [
-            *RL,
-            *TOOL_USE,
-            *"--from_weight tools --batch_size 8 --num_generations 8 --mini_batch_size 32".split(),
-        ]
-        + "--reward correct:1 --max_steps 40 --learning_rate 1.5e-4".split(),
+        [*RL, *TOOL_USE, *"--from_weight tools --loss_type grpo --batch_size 16 --max_steps 30".split()]
+        + "--learning_rate 1e-4 --val_prompts 100 --val_interval 10 --pass_k 0".split(),
         compared_with="tools",
         shows=["tools", "tools_one"],
         costs=["facts_asked", "sums"],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from data_helpers import assistant, user
-from stage_helpers import base_weights
+from stage_helpers import base_weights, run_here
 from train_helpers import MOE, TINY, stage_module, write_lines
 
 SAVED = {"grpo": "grpo", "ppo": "ppo_actor", "spo": "spo", "agent": "agent"}
@@ -77,22 +77,7 @@ def parsed(stage, folder, *more, steps=3) -> argparse.Namespace:
 
 def train(stage, folder, *more, steps=3):
     """Run a stage in this process, as its script would."""
-    import signal
-
-    import pytest
-
-    from trainer import cli, progress, runtime
-
-    module = stage_module(stage)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(progress, "draw_curve", lambda log, picture: False)
-            patch.setattr(runtime, "peak_flops", lambda rt: 1e11)
-            cli.run(module.main, module.parse_args, flags(stage, folder, *more, steps=steps))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    run_here(stage, flags(stage, folder, *more, steps=steps))
 
 
 class Script:

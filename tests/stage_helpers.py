@@ -101,6 +101,11 @@ def flags(stage, folder, *more, steps=6) -> list[str]:
 def train(stage, folder, *more, steps=6):
     """Run a stage in this process, as its script would, without what would take most of its time: the
     picture at the end, and timing the machine for what "mfu" divides by."""
+    run_here(stage, flags(stage, folder, *more, steps=steps))
+
+
+def run_here(stage, argv):
+    """A stage with this command line, in this process."""
     from trainer import cli, progress, runtime
 
     module = stage_module(stage)
@@ -109,7 +114,7 @@ def train(stage, folder, *more, steps=6):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(progress, "draw_curve", lambda log, picture: False)
             patch.setattr(runtime, "peak_flops", lambda rt: 1e11)
-            cli.run(module.main, module.parse_args, flags(stage, folder, *more, steps=steps))
+            cli.run(module.main, module.parse_args, argv)
     finally:  # a run that fails ends its process, so it leaves its handlers
         for number, handler in handlers.items():
             signal.signal(number, handler)

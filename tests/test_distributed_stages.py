@@ -5,14 +5,11 @@ Starting processes takes seconds, so two are started once and run all stages, af
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from stage_helpers import ROWS, SAVED, lines, plain_descent, train
-from test_distributed import free_ports
-from train_helpers import MOE, REPO, largest_difference, weights, write_lines
+from train_helpers import MOE, largest_difference, start_two, weights, write_lines
 
 # Of 9 rows in steps of 4 the last step has one, so the second process none: it must still be part of every
 # exchange, and count nowhere. Of 7, one by one, its last micro-batch, in which gradients travel, is empty.
@@ -68,19 +65,7 @@ def both(tmp_path_factory):
                 base_weights(folder / name, "teacher", seed=1, initializer_range=0.2)
     for name in RUNS:
         run(top / "one" / name, name)
-    code = f"import sys; sys.path.insert(0, {str(REPO / 'tests')!r}); import test_distributed_stages"
-    code += "; test_distributed_stages.be_a_process(*sys.argv[1:])"
-    command, ports = [sys.executable, "-c", code, str(top / "two")], json.dumps(free_ports(len(RUNS)))
-    processes = [
-        subprocess.Popen([*command, rank, ports], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in "01"
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    start_two("test_distributed_stages", top / "two", len(RUNS))
     return top
 
 

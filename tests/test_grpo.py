@@ -418,7 +418,7 @@ def test_groups_do_not_know_each_others_order(scale):
 
 
 def test_no_groups():
-    assert group_advantages(torch.zeros(0, 0, dtype=torch.float64), "batch").numel() == 0
+    assert group_advantages(torch.zeros(0, 4, dtype=torch.float64), "batch").numel() == 0
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ one, and what is logged is true."""
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,8 @@ import rl_helpers
 import torch
 from rl_helpers import ROWS, SAVED, train
 from stage_helpers import base_weights, plain_descent, refused
-from test_distributed import free_ports
 from test_resume import train_and_kill
-from train_helpers import REPO, assert_bit_equal, largest_difference, log_lines, weights, write_lines
+from train_helpers import assert_bit_equal, largest_difference, log_lines, start_two, weights, write_lines
 
 STAGES = list(SAVED)
 TIMED = {"tokens_per_s", "mfu", "memory_gb", "time_s", "eta_min", "rollout_s", "score_s", "update_s"}
@@ -100,23 +97,6 @@ def be_a_process(top, rank, ports):
         torch.save(seen, Path(top) / f"{stage}_{rank}.pt")
 
 
-def start_two(top, mutation="") -> list[str]:
-    code = f"import sys; sys.path.insert(0, {str(REPO / 'tests')!r}); import test_rl_stages\n{mutation}\n"
-    code += "test_rl_stages.be_a_process(*sys.argv[1:])"
-    command, ports = [sys.executable, "-c", code, str(top)], json.dumps(free_ports(len(STAGES)))
-    processes = [
-        subprocess.Popen([*command, rank, ports], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in "01"
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    return outputs
-
-
 def write_files(top):
     for stage in STAGES:
         write_lines(top / stage, "data.jsonl", ROWS[stage](9))
@@ -132,7 +112,7 @@ def both(tmp_path_factory):
         write_files(top / folder)
     for stage in STAGES:
         run(top / "one" / stage, stage)
-    start_two(top / "two")
+    start_two("test_rl_stages", top / "two", len(STAGES))
     return top
 
 
@@ -174,7 +154,7 @@ def test_a_forward_pass_around_the_wrapper_would_be_noticed(tmp_path):
     """The defect of the reference implementations: nothing averages the gradients, every process trains a
     model of its own."""
     write_files(tmp_path)
-    start_two(tmp_path, BYPASS)
+    start_two("test_rl_stages", tmp_path, len(STAGES), BYPASS)
     first, second = (torch.load(tmp_path / f"grpo_{rank}.pt") for rank in "01")
     assert not all(a.equal(b) for a, b in zip(first[-1], second[-1]))
 
@@ -251,6 +231,41 @@ def test_samples_are_written_and_shown(tmp_path, stage, capsys):
         assert len(sample["ids"]) == len(sample["mask"]) == len(sample["logprobs"])
         assert sample["version"] == sample["step"] - 1
         assert set(sample["parts"]) == {"language", "repetition"}
+
+
+@pytest.mark.parametrize("stage", ["grpo", "agent"])
+def test_groups_without_a_difference_change_nothing(tmp_path, stage):
+    """Also when dynamic sampling finds no other: six tokens are all equally short."""
+    more = ["--dynamic_sampling", 2] if stage == "grpo" else []
+    train(stage, tmp_path, "--reward", "length:1", *more, steps=2)
+    assert_bit_equal(weights(tmp_path, file_of(stage)), weights(tmp_path, "full_sft_32.pth"))
+    for line in (x for x in lines(tmp_path, stage) if "degenerate" in x):
+        assert line["degenerate"] == 1 and line["skipped"] > 0
+        assert stage == "agent" or line["groups_kept"] == 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_server_that_dies_leaves_the_state_of_the_last_step(tmp_path, capsys, stage):
+    """Nothing of what was learned is lost, and the continued run is the uninterrupted one."""
+    from trainer.rewards import RewardError, Rewards
+
+    more, rate, seen = [*BUSY[stage], "--save_interval", 0], Rewards.__call__, []
+    train(stage, tmp_path / "whole", *more, steps=4)
+
+    def dies(self, answers):
+        seen.append(1)
+        if len(seen) > (3 if stage == "spo" else 2):  # its tracker asks once before the first step
+            raise RewardError("the judge at http://nowhere does not answer")
+        return rate(self, answers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rewards, "__call__", dies)
+        refused(capsys, "the judge at http://nowhere", train, stage, tmp_path / "broken", *more, steps=4)
+    train(stage, tmp_path / "broken", *more, "--from_resume", 1, steps=4)
+    assert "2 of 4 steps are done" in capsys.readouterr().out
+    assert_bit_equal(
+        weights(tmp_path / "whole", file_of(stage)), weights(tmp_path / "broken", file_of(stage))
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import importlib
 import json
 import random
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -138,3 +139,23 @@ def stop_after(monkeypatch, steps: int):
         return original(model, optimizers, rt, grad_clip)
 
     monkeypatch.setattr(runtime, "optimizer_step", step_and_stop)
+
+
+def start_two(module: str, top, num_runs: int, before: str = ""):
+    """`module.be_a_process(top, rank, ports)` in two processes, with a port for each run; before: code that
+    they run first. Fails with what they printed."""
+    from test_distributed import free_ports
+
+    code = f"import sys; sys.path.insert(0, {str(REPO / 'tests')!r}); import {module}\n{before}\n"
+    code += f"{module}.be_a_process(*sys.argv[1:])"
+    command, ports = [sys.executable, "-c", code, str(top)], json.dumps(free_ports(num_runs))
+    processes = [
+        subprocess.Popen([*command, rank, ports], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in "01"
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)

@@ -71,6 +71,7 @@ class Run:
         self.frozen_base = frozen_base
         self.data = train.fingerprint()
         self.saved = self.parent = self.log = None
+        self.save = None  # during `fit`: write everything as it is now
         self.other_bytes = 0  # of models that are not trained, for the forecast of memory
         self.save_weights = checkpoint.save_weights
         self.weight_path = checkpoint.weight_path
@@ -131,6 +132,7 @@ class Run:
                 model, optimizers, args, rt, about, log, written, self.save_weights, self.frozen_base, **now
             )
 
+        self.save = save
         for step, micro_batches in batches.training_steps(self.train, args, rt, log.done):
             log.step(step, **make(step, micro_batches))
             if log.due(args.val_interval):

@@ -1,23 +1,28 @@
 """What the stages of reinforcement learning share around their algorithms: data, rewards, reference, held-out
 success, and the order of things in a step. The algorithm itself stands in the stage.
 
-    rl = Course("grpo", args, rt)                   # data, tokenizer, model, engine, rewards
+    course = Course("grpo", args, rt, path)         # data, tokenizer, model, engine, rewards
     def update(step, prompts, lr_factor):           # one rollout, and what is learned from it
-        with rl.sampling(step): samples = rl.answer(prompts.rows, prompts.places, step)
+        samples = course.answer(prompts.rows, prompts.places, step)
+        rewards, parts, right = course.rewards_of(samples)
         ...
-    rl.fit(update)
+        updates = course.updates(trajectories, step, lr_factor, loss)
+        return course.figures(step, updates, trajectories, rewards, parts, right, advantages)
+    course.fit(update)
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import time
 
 import torch
 
 from trainer import batches, checkpoint, loop, progress, rl_metrics, rollout, runtime
-from trainer.rewards import HackingGauge, Rewards, verified
+from trainer.rewards import HackingGauge, RewardError, Rewards, verified
+from trainer.served import RolloutError
 
 
 class Course:
@@ -28,12 +33,10 @@ class Course:
     """
 
     def __init__(self, stage, args, rt, path, kind="rlaif", play=rollout.play_once):
-        from dataset.prompts import load_prompts
-
-        self.stage, self.args, self.rt, self.play = stage, args, rt, play
+        self.args, self.rt = args, rt
+        self.play = lambda *inputs, **more: self.together(lambda: play(*inputs, **more))
         self.tokenizer = checkpoint.load_tokenizer()
-        loader = lambda *inputs, **options: load_prompts(*inputs, kind=kind, **options)  # noqa: E731
-        self.train, self.val = load(loader, path, self.tokenizer, args, rt)
+        self.train, self.val = load(path, self.tokenizer, args, kind)
         if self.val is not None:
             self.val = self.val.thinned(args.val_prompts)
         self.tax = batches.load_tax(path, self.tokenizer, args, rt)
@@ -51,7 +54,6 @@ class Course:
         if "gauge" in self.extra:
             self.gauge.load_state_dict(self.extra["gauge"])
         self.files = rl_metrics.SampleFile(args, rt, self.run.saved["step"] if self.run.saved else 0)
-        self.latest_reward = self.extra.get("latest_reward", 0.0)
         self.seconds = {}
 
     # -- in a step
@@ -64,17 +66,39 @@ class Course:
         runtime.synchronize(self.rt)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
+    def updates(self, trajectories, step, lr_factor, loss, silent=()) -> list[dict]:
+        """The optimizer's steps of one rollout, and what each returns for the log. loss(model, batch, totals,
+        step=trajectories) -> as loop.optimizer_step wants it; silent: samples that have no gradient."""
+        args, rt, made = self.args, self.rt, []
+        micro_loss = functools.partial(loss, head=self.head, step=trajectories, args=args)
+        with self.timed("update_s"):
+            for which in mini_batches(len(trajectories), args, step, rt):
+                batch = trajectories.micro_batches(which, args, self.tokenizer.pad_token_id, rt, silent)
+                counts = rl_metrics.counts_of(batch)
+                if not rl_metrics.anything(trajectories, which, args, rt):
+                    counts["loss"] = 0  # nothing differs: momentum alone must not move the weights
+                made.append(
+                    loop.optimizer_step(
+                        self.model, batch, self.optimizers, lr_factor, args, rt, micro_loss, counts
+                    )
+                )
+        return made
+
     def answer(self, rows, places, step, num_answers=None) -> list[rollout.Sample]:
         """Answers of the policy as it is now."""
-        rollout.send_weights(self.engine, self.model, self.tokenizer, step, self.rt)
+        self.send_weights(step)
         num_answers = num_answers or getattr(self.args, "num_generations", 1)
         return self.play(self.engine, self.train, rows, places, step, self.args, self.tokenizer, num_answers)
+
+    def send_weights(self, version: int):
+        """The engine samples from the weights as they are now."""
+        self.together(lambda: rollout.send_weights(self.engine, self.model, self.tokenizer, version, self.rt))
 
     def rewards_of(self, samples, prompts=None):
         """(rewards, components, verified success or None) of samples."""
         prompts = prompts or self.train
         answers = [rollout.describe(s, prompts, self.args) for s in samples]
-        rewards, parts = self.rate(answers)
+        rewards, parts = self.together(lambda: self.rate(answers))
         return rewards, parts, [verified(a) for a in answers]
 
     def old_logprobs(self, trajectories, silent=()):
@@ -106,13 +130,11 @@ class Course:
         found |= rl_metrics.answer_figures(samples, rewards, parts, right, rt)
         found |= rl_metrics.advantage_figures(torch.as_tensor(advantages))
         found["length_p95"] = (rl_metrics.length_quantile(samples, rt), 1)
-        weights = torch.cat([torch.tensor(w) for w in runtime.gather(trajectories.ratio.tolist(), rt)])
-        found["ess"] = (rl_metrics.effective_share(weights) if len(weights) else 1.0, 1)
-        found["ratio_max"] = (float(weights.max()) if len(weights) else 1.0, 1)
+        weights = trajectories.ratio.double()
+        found["ess"] = (rl_metrics.effective_share(weights, rt), 1)
+        found["ratio_max"] = (max(runtime.gather(float(weights.max()) if len(weights) else 0.0, rt)), 1)
         found |= {name: (seconds, 1) for name, seconds in self.seconds.items()}
         self.seconds = {}
-        total, count = runtime.total([sum(rewards), len(rewards)], rt)
-        self.latest_reward = total / max(count, 1)
         self.files.see(
             step, samples, self.train, rewards, parts, torch.as_tensor(advantages).flatten(), self.tokenizer
         )
@@ -130,7 +152,8 @@ class Course:
         found = {"tax_loss": earlier["val_loss"]} if earlier else {}
         if val is None:
             return found
-        rollout.send_weights(self.engine, model, self.tokenizer, self.run.log.done if self.run.log else 0, rt)
+        done = self.run.log.done if self.run.log else 0
+        self.send_weights(done)
         figures, greedy, sampled = rollout.held_out_success(
             self.engine, val, args, rt, self.tokenizer, self.play
         )
@@ -140,14 +163,8 @@ class Course:
         kl = self.held_out_kl(model, sampled)
         if kl is not None:
             figures["val_kl"] = kl
-        success = figures.get("val_pass1")
-        warning = self.gauge.see(
-            self.run.log.done if self.run.log else 0,
-            figures["val_reward"],
-            success,
-            kl or 0.0,
-            figures["val_length"],
-        )
+        success, length = figures.get("val_pass1"), figures["val_length"]
+        warning = self.gauge.see(done, figures["val_reward"], success, kl or 0.0, length)
         if warning:
             rt.print(f"warning: {warning}")
         return figures | found
@@ -170,33 +187,58 @@ class Course:
         total, count = runtime.total([float(((-d).exp() - 1 + d).sum()), len(d)], rt)
         return total / max(count, 1)
 
+    def together(self, act):
+        """The result of act(), which may ask a server, on every process; when it fails on one, all end."""
+        failed = result = None
+        try:
+            result = act()
+        except (RewardError, RolloutError) as error:
+            failed = error
+        if runtime.total(int(failed is not None), self.rt):
+            raise failed or RolloutError("another process lost its server; its message says which")
+        return result
+
+    def saved_first(self, act):
+        """When a server is gone, of rollouts or of rewards, no weight has moved since the last finished
+        step: the state is saved as it is, then the error ends the run."""
+
+        def guarded(*inputs):
+            try:
+                return act(*inputs)
+            except (RewardError, RolloutError):
+                if self.run.save is not None:
+                    self.run.save()
+                raise
+
+        return guarded
+
     def fit(self, update, **extra):
         """All steps. extra: functions that give what else the resume file must hold."""
-        state = {"gauge": self.gauge.state_dict, "latest_reward": lambda: self.latest_reward}
-        self.run.fit(self.model, self.optimizers, update, self.check, before=True, **state, **extra)
+        update, check = self.saved_first(update), self.saved_first(self.check)
+        extra["gauge"] = self.gauge.state_dict
+        self.run.fit(self.model, self.optimizers, update, check, before=True, **extra)
 
-    def end(self, weight=None):
-        args = self.args
-        flags = progress.same_model_flags(args, known=["preset", "hidden_size", "use_moe"])
-        self.run.end(self.model, f"python eval_llm.py --weight {weight or args.save_weight}{flags}")
+    def end(self):
+        flags = progress.same_model_flags(self.args, known=["preset", "hidden_size", "use_moe"])
+        self.run.end(self.model, f"python eval_llm.py --weight {self.args.save_weight}{flags}")
 
 
-def load(loader, path, tokenizer, args, rt):
-    """`batches.load` for prompts, which need no cache; beside the curriculum's file its held-out one is
-    used."""
+def load(path, tokenizer, args, kind):
+    """(train, val) prompts: val is --val_path, or what the curriculum holds out beside `path`, or a share of
+    the file by content hash, or None. They need no token cache."""
     from pathlib import Path
+
+    from dataset.prompts import load_prompts
 
     first = Path(str(path).split(",")[0])
     known = {"rlaif.jsonl": "rlaif_heldout.jsonl", "agent_rl.jsonl": "agent_heldout.jsonl"}
     beside = first.with_name(known.get(first.name, "none"))
-    val_path = args.val_path or (str(beside) if beside.exists() and not args.val_fraction_given else None)
+    val_path = args.val_path or (beside if beside.exists() and not args.val_fraction_given else None)
     fraction = 0.0 if val_path else args.val_fraction
-    train, val = loader(path, tokenizer, args.max_seq_len, val_fraction=fraction)
+    train, val = load_prompts(path, tokenizer, args.max_seq_len, kind=kind, val_fraction=fraction)
     if val_path:
-        val, _ = loader(val_path, tokenizer, args.max_seq_len)
-    if val is not None and not len(val):
-        val = None
-    return train, val
+        val, _ = load_prompts(val_path, tokenizer, args.max_seq_len, kind=kind)
+    return train, val if val else None
 
 
 def load_reference(run, args, tokenizer, rt):
@@ -263,29 +305,26 @@ def make_rewards(args, prompts, tokenizer, rt):
 def mini_batches(num_answers: int, args, step: int, rt) -> list[list[int]]:
     """This process's answers in each update of a step: --update_iters passes over them, each shuffled and cut
     into parts of --mini_batch_size answers over all processes. All processes make the same number."""
-    share = -(-args.mini_batch_size // rt.world_size) if args.mini_batch_size else num_answers
-    most = max(runtime.gather(num_answers, rt))
-    size = max(share, 1)
-    found = []
+    order = list(range(num_answers))
+    if not args.mini_batch_size:
+        return [order] * args.update_iters
+    size, found = -(-args.mini_batch_size // rt.world_size), []
+    most = max(1, *runtime.gather(num_answers, rt))
     for number in range(args.update_iters):
-        order = list(range(num_answers))
-        if args.mini_batch_size:
-            random.Random(runtime.mix_seed(args.seed, 13, step, number)).shuffle(order)
-        found += (
-            [order[i : i + size] for i in range(0, max(most, 1), size)] if args.mini_batch_size else [order]
-        )
+        random.Random(runtime.mix_seed(args.seed, 13, step, number)).shuffle(order)
+        found += [order[i : i + size] for i in range(0, most, size)]
     return found
 
 
 def groups_that_differ(course, rows, places, step):
-    """Groups of answers to the prompts `rows`, as a list of (samples, rewards, components, success), and how
-    many groups were sampled for them, over all processes.
+    """Groups of answers to the prompts `rows`, as a list of (samples, rewards, components, success), and the
+    figures of all groups that were sampled for them.
 
     With --dynamic_sampling N (DAPO, section 3.2): only groups whose rewards differ, and up to N times as many
     other prompts until there are as many as asked for. Groups stay whole and where they were sampled.
     """
-    args, rt, tries = course.args, course.rt, getattr(course.args, "dynamic_sampling", 0) or 0
-    wanted, kept, offered = runtime.total(len(rows), rt), {}, 0
+    args, rt, tries = course.args, course.rt, getattr(course.args, "dynamic_sampling", 0)
+    wanted, size, sampled = runtime.total(len(rows), rt), args.num_generations, {}
     for attempt in range(1 + tries):
         if attempt:  # other prompts, the same for any number of processes
             draw = random.Random(runtime.mix_seed(args.seed, 11, step, attempt))
@@ -294,17 +333,13 @@ def groups_that_differ(course, rows, places, step):
             rows, places = [others[i] for i in mine], [attempt * wanted + i for i in mine]
         samples = course.answer(rows, places, step)
         rewards, parts, right = course.rewards_of(samples)
-        size = args.num_generations
         for i, place in enumerate(places):
             own = slice(i * size, (i + 1) * size)
-            kept[place] = (samples[own], rewards[own], {n: v[own] for n, v in parts.items()}, right[own])
-        offered += wanted
-        if not tries:
+            sampled[place] = (samples[own], rewards[own], {n: v[own] for n, v in parts.items()}, right[own])
+        differing = [p for p, (_, r, _, _) in sampled.items() if max(r) - min(r) > 1e-6]
+        good = sorted(place for part in runtime.gather(differing, rt) for place in part)[:wanted]
+        if len(good) == wanted:
             break
-        differing = [p for p, (_, r, _, _) in kept.items() if max(r) - min(r) > 1e-6]
-        good = sorted(place for part in runtime.gather(differing, rt) for place in part)
-        if len(good) >= wanted or attempt == tries:
-            chosen = set(good[:wanted])
-            kept = {place: group for place, group in kept.items() if place in chosen}
-            break
-    return list(kept.values()), offered
+    chosen = [sampled[p] for p in sampled if not tries or p in set(good)]
+    figures = rl_metrics.group_figures(list(sampled.values()), course.train.verifiable)
+    return chosen, figures | {"groups_kept": (len(chosen), len(sampled))}

@@ -63,11 +63,12 @@ def kl_figures(logps, reference) -> dict:
     return {"kl": ((-d).exp() - 1 + d).sum(), "kl_k1": d.sum()}
 
 
-def effective_share(weights) -> float:
+def effective_share(weights, rt=None) -> float:
     """(sum w)^2 / (n sum w^2), between 1/n and 1: of n weighted samples, how many say something. Kish
     1965."""
-    total = float((weights.double() ** 2).sum())
-    return float(weights.double().sum()) ** 2 / (len(weights) * total) if total else 1.0
+    sums = [float(weights.double().sum()), float((weights.double() ** 2).sum()), len(weights)]
+    total, squares, n = sums if rt is None else runtime.total(sums, rt)
+    return total**2 / (n * squares) if squares else 1.0
 
 
 def explained_variance(values, returns) -> float:
@@ -93,7 +94,7 @@ def answer_figures(samples, rewards, parts, right, rt) -> dict:
         "truncated": (n - sum(ended), n),
         "sampled_tokens": (sum(lengths), 1 / rt.world_size),
     }
-    for name in runtime.gather(sorted(parts), rt)[0]:
+    for name in sorted(set().union(*runtime.gather(list(parts), rt))):  # a process may have no sample
         found[f"reward_{name}"] = (sum(parts.get(name, [])), n)
     known = [r for r in right if r is not None]
     if runtime.total(len(known), rt):
@@ -107,15 +108,14 @@ def length_quantile(samples, rt, share=0.95) -> float:
     return float(lengths[min(len(lengths) - 1, int(share * len(lengths)))]) if lengths else 0.0
 
 
-def group_figures(rewards, right) -> dict:
-    """Of groups, rewards (P, G): those without a difference teach nothing. right: verified success, P x G, or
-    None. all_right and all_wrong say which side they are stuck on."""
-    same = (rewards.amax(1) - rewards.amin(1) < 1e-6) if len(rewards) else rewards.new_zeros(0)
-    found = {"degenerate": (float(same.sum()), len(rewards))}
-    if right and all(r is not None for r in right):
-        table = torch.tensor(right, dtype=torch.float64).view(len(rewards), -1)
-        found["all_right"] = (float((table == 1).all(1).sum()), len(rewards))
-        found["all_wrong"] = (float((table == 0).all(1).sum()), len(rewards))
+def group_figures(groups, verifiable: bool) -> dict:
+    """Of the groups of this process, each (samples, rewards, components, success): how many have no
+    difference and teach nothing; where answers can be checked, how many are stuck on which side."""
+    n = len(groups)
+    found = {"degenerate": (sum(max(rewards) - min(rewards) <= 1e-6 for _, rewards, *_ in groups), n)}
+    if verifiable:
+        found["all_right"] = (sum(all(r == 1 for r in right) for *_, right in groups), n)
+        found["all_wrong"] = (sum(all(r == 0 for r in right) for *_, right in groups), n)
     return found
 
 
@@ -128,13 +128,13 @@ def advantage_figures(advantages) -> dict:
     }
 
 
-def anything(values, which, trajectories, args, rt) -> bool:
+def anything(trajectories, which, args, rt) -> bool:
     """Whether some sampled token of the samples `which`, on any process, has an advantage, or a KL to pull at
     it."""
-    chosen = torch.zeros(len(trajectories) + 1, dtype=torch.bool, device=values.device)
+    chosen = torch.zeros(len(trajectories) + 1, dtype=torch.bool, device=trajectories.device)
     chosen[which] = True
-    here = bool((values != 0)[chosen[trajectories.sequence]].any()) or bool(args.beta)
-    return runtime.total(int(here), rt) > 0
+    moved = (trajectories.advantages != 0) & chosen[trajectories.sequence]
+    return runtime.total(int(bool(moved.any()) or bool(args.beta)), rt) > 0
 
 
 def merged(updates: list[dict]) -> dict:

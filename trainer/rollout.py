@@ -127,7 +127,7 @@ def send_weights(engine, model, tokenizer, version: int, rt):
         return  # it has them
     if rt.is_main:
         engine.update(runtime.bare(model), tokenizer, version)
-    engine.version = runtime.broadcast(version, rt)
+    engine.version = version
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,7 +208,8 @@ def converse(engine, prompts, rows, places, step, args, tokenizer, num_answers=N
             sample.extend(completion)
             sample.turns.append(text)
             sample.finish_reason = completion.finish_reason
-            calls = parse_calls(text)
+            thought = not sample.thinking or "</think>" in text  # thoughts are not acted upon
+            calls = parse_calls(text) if thought else []
             sample.calls += len(calls)
             allowed = offered(prompts[sample.row].tools)
             sample.valid_calls += sum(not call.error and call.name in allowed for call in calls)

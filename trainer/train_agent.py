@@ -52,7 +52,7 @@ def parse_args(argv=None):
         metavar="N",
         help="tokens of a conversation at most: a turn that might go beyond is not begun",
     )
-    rl_flags.add_rewards(parser, default="correct:1,tools:0.1")
+    rl_flags.add_rewards(parser, default="correct:1")
     g = rl_flags.add_update(parser, beta=0.0)
     rl_flags.add_group_flags(g, loss_type="cispo")
     rl_flags.add_watching(parser)
@@ -92,9 +92,9 @@ def main(args):
 
     def update(step, prompts, lr_factor):
         with course.timed("rollout_s"):
-            groups, offered = groups_that_differ(course, prompts.rows, prompts.places, step)
-        found = learn_from_groups(course, groups, offered, step, lr_factor)
-        return found | conversation_figures([sample for group in groups for sample in group[0]])
+            groups, figures = groups_that_differ(course, prompts.rows, prompts.places, step)
+        figures |= learn_from_groups(course, groups, step, lr_factor)
+        return figures | conversation_figures([sample for group in groups for sample in group[0]])
 
     course.fit(update)
     course.end()

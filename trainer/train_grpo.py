@@ -27,16 +27,12 @@ Reads lines {"conversations": [..., user, placeholder], "answer"?: value} and ou
 out/grpo_512.pth. Next: python eval_llm.py --weight grpo.
 """
 
-import functools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs from any directory
 
-from trainer import (
-    cli,
-    rl_flags,
-)  # the rest is imported where it is used: --help answers before torch is there
+from trainer import cli, rl_flags  # the rest is imported where it is used: --help comes before torch
 
 
 def group_advantages(rewards, scale="group", rt=None):
@@ -48,8 +44,6 @@ def group_advantages(rewards, scale="group", rt=None):
 
     from trainer import runtime
 
-    if not len(rewards):
-        rewards = rewards.new_zeros(0, 1)
     centred = rewards - rewards.mean(1, keepdim=True)
     spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
     if scale == "group":
@@ -179,21 +173,20 @@ def parse_args(argv=None):
     return rl_flags.checked(parser, rl_flags.with_loss_defaults(parser.parse_args(argv)))
 
 
-def learn_from_groups(course, groups, offered, step, lr_factor):
+def learn_from_groups(course, groups, step, lr_factor):
     """The updates of one step from groups of answers, each (samples, rewards, components, success); returns
-    the line of the log. offered: groups that were sampled to find these."""
+    the line of the log."""
     import torch
 
-    from trainer import loop, rl_metrics, runtime
-    from trainer.rl import mini_batches
+    from trainer import runtime
     from trainer.rollout import Trajectories
 
     args, rt = course.args, course.rt
     samples = [sample for group in groups for sample in group[0]]
-    rewards = torch.tensor([group[1] for group in groups], dtype=torch.float64).view(len(groups), -1)
-    parts = {
-        name: [v for group in groups for v in group[2][name]] for name in (groups[0][2] if groups else ())
-    }
+    rewards = torch.tensor([group[1] for group in groups], dtype=torch.float64)
+    rewards = rewards.view(len(groups), args.num_generations)
+    names = groups[0][2] if groups else ()
+    parts = {name: [v for group in groups for v in group[2][name]] for name in names}
     right = [r for group in groups for r in group[3]]
     advantages = group_advantages(rewards, args.scale_rewards, rt)
 
@@ -203,26 +196,11 @@ def learn_from_groups(course, groups, offered, step, lr_factor):
     if course.reference is None and not runtime.bare(course.model).config.use_moe:
         silent = (advantages.flatten() == 0).nonzero().flatten().tolist()
     with course.timed("score_s"):
-        minis = mini_batches(len(samples), args, step, rt)
-        own.old = course.old_logprobs(own, silent) if len(minis) > 1 else None  # else it is the policy itself
+        if args.mini_batch_size or args.update_iters > 1:  # else pi_old is the policy itself
+            own.old = course.old_logprobs(own, silent)
         own.reference = course.reference_logprobs(own)
-    step_loss = functools.partial(grpo_loss, head=course.head, step=own, args=args)
-    updates = []
-    with course.timed("update_s"):
-        for which in minis:
-            micro_batches = own.micro_batches(which, args, course.tokenizer.pad_token_id, rt, silent)
-            counts = rl_metrics.counts_of(micro_batches)
-            if not rl_metrics.anything(own.advantages, which, own, args, rt):
-                counts["loss"] = 0  # no group differs: momentum alone must not move the weights
-            updates.append(
-                loop.optimizer_step(
-                    course.model, micro_batches, course.optimizers, lr_factor, args, rt, step_loss, counts
-                )
-            )
-    found = course.figures(step, updates, own, rewards.flatten().tolist(), parts, right, advantages)
-    found |= rl_metrics.group_figures(rewards, right)
-    found["groups_kept"] = (len(groups), offered / rt.world_size)
-    return found
+    updates = course.updates(own, step, lr_factor, grpo_loss, silent)
+    return course.figures(step, updates, own, rewards.flatten().tolist(), parts, right, advantages)
 
 
 def main(args):
@@ -235,8 +213,8 @@ def main(args):
 
     def update(step, prompts, lr_factor):
         with course.timed("rollout_s"):
-            groups, offered = groups_that_differ(course, prompts.rows, prompts.places, step)
-        return learn_from_groups(course, groups, offered, step, lr_factor)
+            groups, figures = groups_that_differ(course, prompts.rows, prompts.places, step)
+        return learn_from_groups(course, groups, step, lr_factor) | figures
 
     course.fit(update)
     course.end()

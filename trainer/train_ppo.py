@@ -252,6 +252,8 @@ def main(args):
     course = Course("ppo", args, rt, path)
     critic, critic_optimizers = new_critic(course, args, rt)
     pad_id = course.tokenizer.pad_token_id
+    move_actor = functools.partial(loop.optimizer_step, course.model)
+    move_critic = functools.partial(loop.optimizer_step, critic)
 
     def values_of(trajectories):
         everything = trajectories.micro_batches(range(len(trajectories)), args, pad_id, rt)
@@ -287,26 +289,15 @@ def main(args):
                 batch = own.micro_batches(which, args, pad_id, rt)
                 counts = rl_metrics.counts_of(batch)
                 if not stopped and step >= args.critic_warmup:
-                    made = loop.optimizer_step(
-                        course.model,
-                        batch,
-                        course.optimizers,
-                        lr_factor,
-                        args,
-                        rt,
-                        actor_step,
-                        counts,
-                        too_far,
+                    made = move_actor(
+                        batch, course.optimizers, lr_factor, args, rt, actor_step, counts, too_far
                     )
                     updates.append(made)
                     stopped = "refused" in made
                     if args.debug_log_ratio and number == 0:
                         rt.print(f"step {step + 1}: |ratio - 1| up to {(own.ratio - 1).abs().max():.2e}")
-                critic_updates.append(
-                    loop.optimizer_step(
-                        critic, batch, critic_optimizers, lr_factor, args, rt, critic_step, counts
-                    )
-                )
+                made = move_critic(batch, critic_optimizers, lr_factor, args, rt, critic_step, counts)
+                critic_updates.append(made)
         found = course.figures(step, updates or [{"lr": 0.0}], own, scores, parts, right, advantages.sum(1))
         of_critic = rl_metrics.merged(critic_updates)
         found |= {"value_loss": of_critic["loss"], "value_clip": of_critic["value_clip"]}

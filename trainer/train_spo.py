@@ -19,7 +19,6 @@ Reads lines {"conversations": [..., user, placeholder], "answer"?: value} and ou
 out/spo_512.pth. Next: python eval_llm.py --weight spo.
 """
 
-import functools
 import sys
 from pathlib import Path
 
@@ -108,6 +107,11 @@ class Tracker:
         total = self.alpha + self.beta
         return total.expand(len(rows)) if self.one else total[rows]
 
+    def begin(self, successes, num_samples: int):
+        """What num_samples answers to every prompt said before the first step: successes (P,) float64."""
+        successes = successes.mean()[None] if self.one else successes
+        self.alpha, self.beta = first_counts(successes, num_samples, self.args.rho_min)
+
     def see(self, rows, rewards, changes):
         """After a step: rewards (n,) in [0, 1] of the prompts `rows`, changes (n,) of the policy since their
         last answer. Returns rho (n,)."""
@@ -121,6 +125,20 @@ class Tracker:
             self.alpha[row] = keep * self.alpha[row] + r
             self.beta[row] = keep * self.beta[row] + 1 - r
         return rho
+
+    def learn(self, seen):
+        """After a step: (row, reward in [0, 1], change, ids, log-probabilities) of every answer, of all
+        processes. Returns rho (n,)."""
+        rows, rewards, changes, ids, logps = zip(*seen)
+        if self.one:  # the change of the mean log-probability from step to step, as MiniMind measures it
+            mean = sum(map(sum, logps)) / max(sum(map(len, logps)), 1)
+            changes = [0.0 if self.mean_logp is None else abs(mean - self.mean_logp)]
+            self.mean_logp = mean
+        for row, answer, old in zip(rows, ids, logps):
+            self.visits[row] += 1
+            if len(answer) == len(old):  # not one that was left out of the loss
+                self.answers[row] = (answer, old)
+        return self.see(rows, rewards, changes)
 
     def state_dict(self):
         return {
@@ -150,6 +168,39 @@ def scaled(rewards, spec: str):
         low, high = low + min(ends), high + max(ends)
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     return ((rewards - low) / max(high - low, 1e-9)).clamp(0, 1)
+
+
+def successes_before(course, num_samples: int):
+    """Summed success (P,) float64 of num_samples answers to every prompt, by all processes."""
+    import torch
+
+    from trainer import runtime
+
+    rows = list(range(len(course.train)))[course.rt.rank :: course.rt.world_size]
+    samples = course.answer(rows, rows, -3, num_samples)
+    found = torch.zeros(len(course.train), dtype=torch.float64)
+    r = scaled(course.rewards_of(samples)[0], course.reward_spec)
+    found[rows] = r.view(len(rows), num_samples).sum(1)
+    return torch.tensor(runtime.total(found, course.rt), dtype=torch.float64)
+
+
+def policy_changes(course, tracker, rows):
+    """D of the prompts `rows` (n,) float64: mean |log pi_now - log pi_then| over the tokens of their previous
+    answers; 0 where there is none."""
+    import torch
+
+    from trainer import rollout
+
+    known = [row for row in rows if row in tracker.answers]
+    earlier = [
+        rollout.Sample(row, 0, course.train.ids(row), ids, [True] * len(ids), logps, "eos")
+        for row, (ids, logps) in ((row, tracker.answers[row]) for row in known)
+    ]
+    own = rollout.Trajectories(earlier, course.rt.device)
+    moved = (course.old_logprobs(own) - own.sampler).abs().double()
+    sums = torch.zeros(len(own), dtype=torch.float64).index_add(0, own.sequence.cpu(), moved.cpu())
+    found = dict(zip(known, (sums / own.length.cpu().clamp(min=1)).tolist()))
+    return torch.tensor([found.get(row, 0.0) for row in rows], dtype=torch.float64)
 
 
 def parse_args(argv=None):
@@ -201,10 +252,8 @@ def parse_args(argv=None):
 
 
 def main(args):
-    import torch
-
-    from trainer import batches, loop, rl_metrics, rollout, runtime
-    from trainer.rl import Course, mini_batches
+    from trainer import batches, rollout, runtime
+    from trainer.rl import Course
 
     rt = runtime.start(args)
     path = cli.find_data(args, ["rlaif.jsonl", "rlaif-mini.jsonl"], mini="rlaif.jsonl")
@@ -213,34 +262,9 @@ def main(args):
     if "tracker" in course.extra:
         tracker.load_state_dict(course.extra["tracker"])
 
-    def begin_tracker():
-        """--init_samples answers to every prompt say what it is worth before the first step."""
-        rows, N = list(range(len(course.train)))[rt.rank :: rt.world_size], args.init_samples
-        rt.print(f"tracker: {N} answers to each of {len(course.train):,} prompts")
-        samples = course.answer(rows, rows, -3, N)
-        r = scaled(course.rewards_of(samples)[0], course.reward_spec).view(len(rows), N).sum(1)
-        seen = torch.zeros(len(course.train), dtype=torch.float64)
-        seen[rows] = r
-        seen = torch.tensor(runtime.total(seen, rt), dtype=torch.float64)
-        size = 1 if tracker.one else len(seen)
-        tracker.alpha, tracker.beta = first_counts(seen.mean()[None] if size == 1 else seen, N, args.rho_min)
-
     if args.init_samples and "tracker" not in course.extra:
-        begin_tracker()
-
-    def changes_of(rows) -> torch.Tensor:
-        """D of every prompt: how far the policy has moved on its last answer; 0 without one."""
-        known = [row for row in rows if row in tracker.answers]
-        earlier = [stored(row) for row in known]
-        own = rollout.Trajectories(earlier, rt.device)
-        moved = (course.old_logprobs(own) - own.sampler).abs().double()
-        means = torch.zeros(len(own), dtype=torch.float64).index_add(0, own.sequence.cpu(), moved.cpu())
-        found = dict(zip(known, (means / own.length.cpu().clamp(min=1)).tolist()))
-        return torch.tensor([found.get(row, 0.0) for row in rows], dtype=torch.float64)
-
-    def stored(row):
-        ids, logps = tracker.answers[row]
-        return rollout.Sample(row, 0, course.train.ids(row), ids, [True] * len(ids), logps, "eos")
+        rt.print(f"tracker: {args.init_samples} answers to each of {len(course.train):,} prompts")
+        tracker.begin(successes_before(course, args.init_samples), args.init_samples)
 
     def update(step, _, lr_factor):
         count = batches.rows_per_step(args)
@@ -253,42 +277,17 @@ def main(args):
         r, v = scaled(rewards, course.reward_spec), tracker.value(rows)
         own = rollout.Trajectories(samples, rt.device, without_cut=args.overlong == "mask")
         with course.timed("score_s"):
-            changes = changes_of(rows)
+            changes = policy_changes(course, tracker, rows)
             own.old, own.reference = course.old_logprobs(own), course.reference_logprobs(own)
         advantages = stream_advantages(r, v, rt)
         own.advantages = own.spread(advantages)
 
-        step_loss = functools.partial(grpo_loss, head=course.head, step=own, args=args)
-        updates = []
-        with course.timed("update_s"):
-            for which in mini_batches(len(samples), args, step, rt):
-                batch = own.micro_batches(which, args, course.tokenizer.pad_token_id, rt)
-                counts = rl_metrics.counts_of(batch)
-                if not rl_metrics.anything(own.advantages, which, own, args, rt):
-                    counts["loss"] = 0  # momentum alone must not move the weights
-                updates.append(
-                    loop.optimizer_step(
-                        course.model, batch, course.optimizers, lr_factor, args, rt, step_loss, counts
-                    )
-                )
+        updates = course.updates(own, step, lr_factor, grpo_loss)
 
-        # The tracker learns last, and the same on every process.
-        pieces = own.old.split(own.length.tolist()) if len(own.taught) else []
-        mine = [
-            (row, float(one), float(change), sample.ids, logps.tolist())
-            for row, one, change, sample, logps in zip(rows, r, changes, samples, pieces)
-        ]
-        seen = [entry for part in runtime.gather(mine, rt) for entry in part]
-        if tracker.one:
-            mean = sum(sum(e[4]) for e in seen) / max(sum(len(e[4]) for e in seen), 1)
-            moved = 0.0 if tracker.mean_logp is None else abs(mean - tracker.mean_logp)
-            seen, tracker.mean_logp = [(*e[:2], moved, *e[3:]) for e in seen], mean
         first_visits = sum(int(tracker.visits[row]) == 0 for row in rows)
-        rho = tracker.see([e[0] for e in seen], [e[1] for e in seen], [e[2] for e in seen])
-        for row, _, _, ids, logps in seen:
-            tracker.visits[row] += 1
-            if len(ids) == len(logps):  # not one that was left out of the loss
-                tracker.answers[row] = (ids, logps)
+        logps = [part.tolist() for part in own.old.split(own.length.tolist())]
+        mine = list(zip(rows, r.tolist(), changes.tolist(), [sample.ids for sample in samples], logps))
+        rho = tracker.learn([answer for part in runtime.gather(mine, rt) for answer in part])
 
         found = course.figures(step, updates, own, rewards, parts, right, advantages)
         n, drawn = len(rows), prompt_weights(tracker.value())
