@@ -44,12 +44,15 @@ def group_advantages(rewards, scale="group", rt=None):
 
     from trainer import runtime
 
+    std_of_all = runtime.spread(rewards, rt)[1] if scale == "batch" else 0.0
+    if not len(rewards):
+        return rewards
     centred = rewards - rewards.mean(1, keepdim=True)
     spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
     if scale == "group":
         centred = centred / (rewards.std(1, keepdim=True) + 1e-4)
     elif scale == "batch":
-        centred = centred / (runtime.spread(rewards, rt)[1] + 1e-4)
+        centred = centred / (std_of_all + 1e-4)
     return torch.where(spread < 1e-6, 0.0, centred)
 
 
