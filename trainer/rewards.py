@@ -633,8 +633,8 @@ def judge(url, model, api_key_env="OPENAI_API_KEY", timeout=30, retries=3, pause
                 if getattr(error, "code", None) in (400, 401, 403, 404):
                     break  # asking again changes nothing
         raise RewardError(
-            f"the judge at {address} gave no mark after {attempt + 1} tries: {problem[:300]}; the run's "
-            "last state is saved, start the judge and continue with --from_resume 1"
+            f"the judge at {address} gave no mark after {attempt + 1} tries: {problem[:300]}; finished steps "
+            "are saved, start the judge and continue with --from_resume 1"
         )
 
     def rate(answers: list[Answer]) -> list[float]:
