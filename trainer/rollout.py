@@ -299,7 +299,7 @@ class Trajectories:
         same."""
         import numpy as np
 
-        limit = args.tokens_at_once or (4096 if rt.device.type == "cpu" else 32768)
+        limit = args.tokens_at_once or (1024 if rt.device.type == "cpu" else 32768)
         step = batches.StepBatches()
         firsts = self.first.tolist()
         sizes = {i: len(self.samples[i].prompt) + len(self.samples[i].ids) for i in which}
