@@ -154,7 +154,7 @@ def add_update(parser, beta: float, beta_names=("--beta",)):
         type=cli.count,
         default=0,
         metavar="N",
-        help="tokens in memory at once while training; 0 = 1,024 on a CPU, where more is no faster, else 32,768",
+        help="tokens in memory at once while training; 0 = 1,024 on a CPU (more is no faster), else 32,768",
     )
     g.add_argument(
         "--overlong",
