@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -131,8 +132,6 @@ def scenario_stage(folder, rt):
 
 def be_a_process(folder, rank, ports):
     """Run by each of the two processes: all scenarios, results into files."""
-    from pathlib import Path
-
     from trainer import runtime
 
     torch.set_num_threads(1)
@@ -149,7 +148,15 @@ def be_a_process(folder, rank, ports):
         result = globals()[f"scenario_{name}"](folder, rt)
         torch.save(result, folder / f"{name}_{rank}.pt")
         if name not in ("interrupted", "stage"):
+            before = gloo_threads()
             runtime.stop(rt)
+            torch.save([before, gloo_threads()], folder / f"threads_{rank}.pt")
+
+
+def gloo_threads() -> int:
+    """How many threads of this process wait for something to send; Linux tells."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return names.count("pt_gloo_runloop")
 
 
 def free_ports(count):
@@ -188,6 +195,14 @@ def results(tmp_path_factory):
         for name in SCENARIOS
     }
     return SimpleNamespace(folder=folder, outputs=outputs, **found)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads have names on Linux only")
+def test_the_threads_of_the_host_group_end_with_it(results):
+    """A thread that held a tensor while the interpreter ended would kill a process that had done its work."""
+    for rank in (0, 1):
+        before, after = torch.load(results.folder / f"threads_{rank}.pt", weights_only=True)
+        assert 0 < after < before
 
 
 def alone(folder, args, **more):

@@ -153,6 +153,9 @@ def stop(rt: Runtime):
     if rt.world_size > 1:
         dist.barrier(group=rt.host_group)
         dist.destroy_process_group()
+        # Its last reference: this waits for the group's threads. One that still held a tensor of Python's
+        # when the interpreter ends would end the process with "terminate called without an active exception".
+        rt.host_group = None
 
 
 def describe(rt: Runtime) -> str:
