@@ -144,6 +144,7 @@ def be_a_process(folder, rank, ports):
         if name in ("interrupted", "stage"):  # whole stages start the processes themselves
             rt = SimpleNamespace(rank=int(rank))
         else:
+            rt = None
             before = gloo_threads()
             rt = runtime.start(settings(4, 1))
             during = gloo_threads()
