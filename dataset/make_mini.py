@@ -72,12 +72,12 @@ COUNTS = {
     "sft_reading": 400,  # per language
     "sft_copying": 400,  # per language
     "sft_tools": 260,
-    "tools": 4000,
+    "tools": 5000,
     "identity": 640,
     "reason": 2000,
     "distill": 300,
     "dpo": 1400,
-    "rlaif": 1600,
+    "rlaif": 2400,
     "agent": 1000,
 }
 EVAL_SUMS = 600
@@ -468,7 +468,7 @@ class Curriculum:
     ) -> list[dict]:
         """Conversations with calls and results: mostly one call, some with two, one after the other.
         sloppy: share of those with two in which the assistant does the first task only and forgets the
-        second; small: as in mini_tasks.draw_task."""
+        second; small: as in mini_tasks.draw_task, with short answers."""
         found = []
         for i in range(count):
             language = LANGUAGES[i % 2]
@@ -480,7 +480,7 @@ class Curriculum:
                 tasks = tasks[:1]
             for task in tasks:
                 messages += mini_tasks.exchange(task)
-            messages.append({"role": "assistant", "content": mini_tasks.answer(tasks, language)})
+            messages.append({"role": "assistant", "content": mini_tasks.answer(tasks, language, small)})
             found.append({"conversations": messages})
         return found
 
@@ -490,10 +490,10 @@ class Curriculum:
         left for the agent to find out. As many conversations without tools, which are short, so that what
         was learned before is not forgotten."""
         rng, count = self.rng("sft_tools"), self.count("tools")
-        found = self.tool_rows(rng, count, two_steps=0.5, sloppy=0.55, small=True)
+        found = self.tool_rows(rng, count, two_steps=0.7, sloppy=0.55, small=True)
         facts = self.fact_rows(rng, 2)
-        found += rng.sample(facts, min(len(facts), count * 5 // 8)) + self.sum_rows(rng, count * 3 // 8)
-        found += self.other_math_rows(rng, count // 16) + self.chat_rows(rng, count // 32)
+        found += rng.sample(facts, min(len(facts), count // 2)) + self.sum_rows(rng, count * 3 // 10)
+        found += self.other_math_rows(rng, count // 20) + self.chat_rows(rng, count // 40)
         rng.shuffle(found)
         return found
 
@@ -703,17 +703,16 @@ class Curriculum:
         """Prompts with a checkable answer, of kinds that fine-tuning leaves at different levels; none that it
         never solves, for where no sample is right there is nothing to reinforce."""
         found, seen = [], set()
-        kinds = ["sub"] * 12 + ["compare"] * 5 + ["next"] * 2 + ["sum"]
+        kinds = ["borrow"] * 10 + ["sub"] * 6 + ["compare"] * 2 + ["next"] * 2
         while len(found) < count:
             language, kind = LANGUAGES[len(found) % 2], rng.choice(kinds)
-            for _ in range(200):  # of this kind, so that both files have the same mixture
-                if kind == "sum":
-                    question, _, a, b = self.sum_pair(rng, language, held)
-                    answer, is_held = str(a + b), held
-                else:
-                    question, _, answer = other_math(self.split, rng, kind, language)
-                    numbers = "".join(c if c.isdigit() else " " for c in question).split()
-                    is_held = self.split.held_class(8, "rlaif", kind, *sorted(numbers))
+            for _ in range(500):  # of this kind, so that both files have the same mixture
+                question, _, answer = other_math(self.split, rng, kind.replace("borrow", "sub"), language)
+                numbers = "".join(c if c.isdigit() else " " for c in question).split()
+                units = [int(number) % 10 for number in sorted(numbers, key=int)]
+                if kind in ("borrow", "sub") and (units[0] > units[1]) is (kind == "sub"):
+                    continue  # the smaller number has the larger last digit: one is borrowed from the tens
+                is_held = self.split.held_class(8, "rlaif", *sorted(numbers))
                 if is_held is held and (question not in seen or not held and rng.random() < 0.1):
                     break
             else:

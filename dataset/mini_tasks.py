@@ -152,8 +152,13 @@ def question(tasks: list[dict], language: str) -> str:
     return "，然后".join(t["ask"] for t in tasks) + ("？" if asks else "。")
 
 
-def answer(tasks: list[dict], language: str) -> str:
-    """The final answer: one sentence per task."""
+def answer(tasks: list[dict], language: str, short: bool = False) -> str:
+    """The final answer: one sentence per task; short: one for all, with the results alone."""
+    if short:
+        values = [t["value"] for t in tasks]
+        if language == "zh":
+            return f"结果是{'，'.join(values)}。"
+        return f"The result{'s are' if len(values) > 1 else ' is'} {' and '.join(values)}."
     if language == "en":
         return " ".join(t["say"] + "." for t in tasks)
     return "".join(t["say"] + "。" for t in tasks)

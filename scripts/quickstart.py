@@ -49,10 +49,12 @@ STUDENT = (
 ).split()
 
 
-# Reinforcement learning: 256 answers in a step, four updates from them.
-RL = "--max_gen_len 64 --mini_batch_size 64 --warmup_steps 5 --val_interval 20".split()
-GROUPS = "--batch_size 16 --num_generations 16 --dynamic_sampling 2"
-TOOL_USE = "--max_seq_len 448 --max_gen_len 96 --max_total_len 900".split()
+# Reinforcement learning: about 250 answers in a step, four updates from them.
+RL = ["--warmup_steps", "5"]
+PROBLEMS = "--max_gen_len 64 --max_steps 60 --val_interval 20".split()
+GROUPS = "--batch_size 24 --num_generations 10 --dynamic_sampling 2 --mini_batch_size 60"
+SINGLE = "--batch_size 256 --mini_batch_size 64"
+TOOL_USE = "--max_seq_len 448 --max_gen_len 96 --max_total_len 900 --max_steps 14 --val_interval 7".split()
 
 
 @dataclass
@@ -79,7 +81,7 @@ def on_problems(name: str, title: str, script: str, flags: str) -> Stage:
         title,
         script,
         "rlaif.jsonl",
-        [*RL, "--max_steps", "60", *flags.split()],
+        [*RL, *PROBLEMS, *flags.split()],
         compared_with="full_sft",
         shows=["problems"],
         costs=["facts_asked", "sums"],
@@ -189,7 +191,7 @@ STAGES = [
     ),
     on_problems(
         "grpo",
-        "GRPO: sixteen answers to a question, what is better than their average is reinforced",
+        "GRPO: ten answers to a question, what is better than their average is reinforced",
         "trainer/train_grpo.py",
         f"{GROUPS} --learning_rate 4e-5",
     ),
@@ -203,13 +205,13 @@ STAGES = [
         "spo",
         "SPO: one answer to each of many questions, compared with the question's past",
         "trainer/train_spo.py",
-        "--batch_size 256 --learning_rate 3e-5",
+        f"{SINGLE} --learning_rate 3e-5",
     ),
     on_problems(
         "ppo_actor",
         "PPO: an actor, and a critic that judges every token",
         "trainer/train_ppo.py",
-        "--batch_size 256 --learning_rate 3e-5 --critic_learning_rate 3e-4 --critic_warmup 5 "
+        f"{SINGLE} --learning_rate 3e-5 --critic_learning_rate 3e-4 --critic_warmup 5 "
         "--update_iters 1 --kl_coef 0",
     ),
     Stage(
@@ -229,8 +231,8 @@ STAGES = [
         "agent: calls tools, is paid for the result",
         "trainer/train_agent.py",
         "agent_rl.jsonl",
-        [*RL, *TOOL_USE, *"--from_weight tools --loss_type grpo --batch_size 16 --max_steps 30".split()]
-        + "--learning_rate 1e-4 --val_prompts 100 --val_interval 10 --pass_k 0".split(),
+        [*RL, *TOOL_USE, *"--from_weight tools --loss_type grpo --batch_size 24 --num_generations 8".split()]
+        + "--mini_batch_size 48 --learning_rate 3e-5 --val_prompts 100 --pass_k 0".split(),
         compared_with="tools",
         shows=["tools", "tools_one"],
         costs=["facts_asked", "sums"],
