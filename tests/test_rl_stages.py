@@ -4,12 +4,13 @@ one, and what is logged is true."""
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
 import rl_helpers
 import torch
-from rl_helpers import ROWS, SAVED, train
+from rl_helpers import ROWS, SAVED, flags, train
 from stage_helpers import base_weights, plain_descent, refused
 from test_resume import train_and_kill
 from train_helpers import assert_bit_equal, largest_difference, log_lines, start_two, weights, write_lines
@@ -266,6 +267,44 @@ def test_a_server_that_dies_leaves_the_state_of_the_last_step(tmp_path, capsys, 
     assert_bit_equal(
         weights(tmp_path / "whole", file_of(stage)), weights(tmp_path / "broken", file_of(stage))
     )
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_rollout_server_that_dies_leaves_the_state_of_the_last_step(tmp_path, capsys, monkeypatch, kind):
+    """It is asked again, then the run ends; with the server back it becomes the uninterrupted one."""
+    from fake_rollout_server import FakeServer
+
+    from trainer import checkpoint, served
+
+    monkeypatch.setattr(served.ServedEngine.__init__, "__defaults__", (30.0, 2, 0.005))  # the last: the pause
+    flags("grpo", tmp_path / "base")  # writes the first weights
+    policy, _ = checkpoint.load_model(tmp_path / "base/out/full_sft_32.pth")
+    served.export_folder(policy, checkpoint.load_tokenizer().name_or_path, tmp_path / "served")
+    more = [*BUSY["grpo"], "--save_interval", 0, "--rollout_engine", kind, "--rollout_url"]
+
+    def here(folder):
+        return [*more, server.url, "--rollout_shared_path", tmp_path / folder / "shared"]
+
+    with FakeServer(kind, tmp_path / "served") as server:
+        train("grpo", tmp_path / "whole", *here("whole"), steps=4)
+        load, loads = server.load, []
+
+        def dies_at_the_third(folder):
+            loads.append(folder)
+            if len(loads) > 2:
+                server.fault = "die"
+            load(folder)
+
+        server.load = dies_at_the_third
+        refused(capsys, re.escape(server.url), train, "grpo", tmp_path / "broken", *here("broken"), steps=4)
+        assert len(loads) == 3 and len(set(server.calls[-3:])) == 1, "one request, tried three times"
+        server.fault, server.load = None, load
+        train("grpo", tmp_path / "broken", *here("broken"), "--from_resume", 1, steps=4)
+    assert "2 of 4 steps are done" in capsys.readouterr().out
+    one, other = (weights(tmp_path / folder, file_of("grpo")) for folder in ("whole", "broken"))
+    assert_bit_equal(one, other)
+    assert largest_difference(one, weights(tmp_path / "base", "full_sft_32.pth")) > 1e-4
+    assert lines(tmp_path / "whole", "grpo")[-1] == lines(tmp_path / "broken", "grpo")[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------
