@@ -485,10 +485,10 @@ class Curriculum:
         return found
 
     def tools_and_talk(self) -> list[dict]:
-        """Tool use of mixed quality, as demonstrations are: half of the conversations ask for two things,
-        and in most of these the second is forgotten. Imitation learns both ways; what is worth a reward is
-        left for the agent to find out. As many conversations without tools, which are short, so that what
-        was learned before is not forgotten."""
+        """Tool use of mixed quality, as demonstrations are: seven of ten conversations ask for two things,
+        and in more than half of these the second is forgotten. Imitation learns both ways; what is worth a
+        reward is left for the agent to find out. Beside them shorter conversations without tools, so that
+        what was learned before is not forgotten."""
         rng, count = self.rng("sft_tools"), self.count("tools")
         found = self.tool_rows(rng, count, two_steps=0.7, sloppy=0.55, small=True)
         facts = self.fact_rows(rng, 2)

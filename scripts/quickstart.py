@@ -49,7 +49,7 @@ STUDENT = (
 ).split()
 
 
-# Reinforcement learning: about 250 answers in a step, four updates from them.
+# Reinforcement learning: some 200 to 250 answers in a step, four updates from them.
 RL = ["--warmup_steps", "5"]
 PROBLEMS = "--max_gen_len 64 --max_steps 60 --val_interval 20".split()
 GROUPS = "--batch_size 24 --num_generations 10 --dynamic_sampling 2 --mini_batch_size 60"

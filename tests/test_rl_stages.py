@@ -262,7 +262,8 @@ def test_a_server_that_dies_leaves_the_state_of_the_last_step(tmp_path, capsys, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Rewards, "__call__", dies)
         refused(capsys, "the judge at http://nowhere", train, stage, tmp_path / "broken", *more, steps=4)
-    train(stage, tmp_path / "broken", *more, "--from_resume", 1, steps=4)
+    free = ["--debug_interval", 7, "--pass_k", 3, "--judge_url", "http://127.0.0.1:1"]  # change no number
+    train(stage, tmp_path / "broken", *more, "--from_resume", 1, *free, steps=4)
     assert "2 of 4 steps are done" in capsys.readouterr().out
     assert_bit_equal(
         weights(tmp_path / "whole", file_of(stage)), weights(tmp_path / "broken", file_of(stage))
@@ -322,6 +323,8 @@ def test_bad_input_ends_in_one_line(tmp_path, stage, capsys):
     check("train_reward.py", "--reward", "model:1")
     check("fits into --max_seq_len", "--max_seq_len", 8)
     check("--judge_url", "--reward", "judge:1")
+    check("--judge_url", "--reward", "judge:1", "--reward_model_path", "x")
+    check("--max_minutes", "--max_minutes", 1, "--max_steps", 0, "--schedule", "cosine")
     write_lines(tmp_path, "bad.jsonl", [{"conversations": [{"role": "assistant", "content": "x"}]}])
     check(r"bad\.jsonl:1: no user turn", "--data_path", tmp_path / "bad.jsonl")
     if stage == "agent":

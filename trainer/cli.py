@@ -196,9 +196,9 @@ class Given(argparse.Action):
         setattr(namespace, f"{self.dest}_given", True)
 
 
-def stage_parser(doc: str, **defaults) -> StageParser:
+def stage_parser(doc: str, about: dict | None = None, **defaults) -> StageParser:
     """The shared flags with this stage's defaults. `defaults` may name any shared flag; a typo is an error.
-    A default of `cli.ABSENT` leaves a flag out, for a stage that would ignore it."""
+    A default of `cli.ABSENT` leaves a flag out, for a stage that would ignore it. about: other help texts."""
     parser = StageParser(
         description=doc, formatter_class=HelpFormatter, allow_abbrev=False, usage="%(prog)s [flags]"
     )
@@ -209,6 +209,7 @@ def stage_parser(doc: str, **defaults) -> StageParser:
         known.add(name)
         default = defaults.get(name, default)
         if default is not ABSENT:
+            options["help"] = (about or {}).get(name, options["help"])
             group.add_argument(*names, default=default, **options)
 
     def settled(name, text, default=None):
@@ -293,7 +294,9 @@ def stage_parser(doc: str, **defaults) -> StageParser:
             help=text,
         )
 
-    g = parser.add_argument_group("length of the run (steps are optimizer steps, everywhere)")
+    g = parser.add_argument_group(
+        "length of the run (steps of the optimizer; of reinforcement learning: rollouts)"
+    )
     add(g, "--epochs", type=positive_int, default=1, help="passes over the data")
     add(
         g,

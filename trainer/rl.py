@@ -218,9 +218,11 @@ class Course:
         extra["gauge"] = self.gauge.state_dict
         self.run.fit(self.model, self.optimizers, update, check, before=True, **extra)
 
-    def end(self):
+    def end(self, next_command=None):
         flags = progress.same_model_flags(self.args, known=["preset", "hidden_size", "use_moe"])
-        self.run.end(self.model, f"python eval_llm.py --weight {self.args.save_weight}{flags}")
+        self.run.end(
+            self.model, next_command or f"python eval_llm.py --weight {self.args.save_weight}{flags}"
+        )
 
 
 def load(path, tokenizer, args, kind):

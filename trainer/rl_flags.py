@@ -13,8 +13,14 @@ from trainer import cli
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 EPSILON = {"gspo": (3e-4, 4e-4), "dapo": (0.2, 0.28), "cispo": (0.0, 5.0)}  # others: .2 both ways
 
-# What differs from a supervised stage: rows are prompts, rates are small, and an answer that is not rounded.
+# What differs from a supervised stage: rows are prompts, rates are small, and --dtype auto never means int8.
 DEFAULTS = dict(
+    about=dict(
+        batch_size="prompts of a step, over all processes (x --accumulation_steps); memory follows "
+        "--tokens_at_once instead",
+        accumulation_steps="factor of --batch_size; there is no other difference between the two here",
+        max_seq_len="longest prompt in tokens; longer ones are left out and counted",
+    ),
     optimizer="adamw",
     weight_decay=0.0,
     batch_size=16,
@@ -199,11 +205,16 @@ def checked(parser, args):
         parser.error("--dropout: two passes with different masks cannot be compared; it must be 0 here")
     if args.overlong is None:
         args.overlong = "score"
+    if args.max_minutes and args.schedule in ("cosine", "linear"):
+        parser.error(
+            f"--max_minutes with --schedule {args.schedule} takes its first steps back, and samples cannot "
+            "be taken back: use --max_steps, or the schedule constant or wsd"
+        )
     if getattr(args, "reasoning", 0):
         args.thinking_ratio = args.thinking_ratio or 1.0
         args.from_weight = "reason" if args.from_weight == "full_sft" else args.from_weight
         args.reward += "" if args.reward == "auto" or "tags" in args.reward else ",tags:0.5"
-    if args.reward_model_path is None and args.judge_url is None and "judge" in args.reward:
+    if args.judge_url is None and "judge" in args.reward:
         parser.error("--reward judge needs --judge_url")
     return args
 
@@ -216,7 +227,7 @@ def add_reasoning(parser):
         default=0,
         metavar="0|1",
         help="1 = every prompt opens a think block, start from the weights `reason`, and the reward `tags` "
-        "is added, all unless told otherwise",
+        "is added; another --from_weight, --thinking_ratio above 0 or `tags` in --reward stay as given",
     )
 
 

@@ -7,6 +7,7 @@ Every figure is a sum and a count, so that micro-batches and processes add up to
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -147,7 +148,8 @@ def merged(updates: list[dict]) -> dict:
                 total, count = found.get(name, (0.0, 0))
                 found[name] = (total + value[0], count + value[1])
             elif name == "grad_norm":
-                found[name] = max(found.get(name, 0.0), value)
+                norms = (found.get(name, 0.0), value)
+                found[name] = max(norms) if all(map(math.isfinite, norms)) else math.nan
             elif name == "num_tokens":
                 found[name] = found.get(name, 0) + value
             else:

@@ -692,6 +692,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def memory_advice(args) -> str:
     """Which flags to lower after running out of memory, most effective first, with their present values."""
+    if hasattr(args, "tokens_at_once"):  # reinforcement learning: rows in memory do not follow --batch_size
+        at_once = f"--tokens_at_once (now {args.tokens_at_once or 'chosen by the device'})"
+        return (
+            f"out of memory. Lower, in this order: {at_once}; --max_gen_len (now {args.max_gen_len}); a "
+            "smaller --preset or --hidden_size"
+        )
     advice = []
     if (getattr(args, "batch_size", None) or 1) > 1:
         half = args.batch_size // 2

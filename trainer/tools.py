@@ -3,7 +3,7 @@
     calls = parse_calls('<tool_call>{"name": "text_length", "arguments": {"text": "hi"}}</tool_call>')
     observation, ok = execute(calls[0])     # '{"characters": 2}', True
 
-Training, the server and the demo share this file, so that a call that earns a reward is one that would have
+Training and evaluation share this file, so that a call that earns a reward is one that would have
 been executed. A model writes anything: whatever is wrong with a call becomes an observation {"error": "..."}
 that says what to do better, never an exception. No text of a model is run as code.
 

@@ -7,7 +7,7 @@ result.
 
 Every prompt is answered --num_generations times, each in up to --max_turns turns; all conversations of a step
 move on together. Ids that were sampled stay as they are: what the model saw is what it is trained on. A call
-that is malformed, or that fails, is answered by an error, which is a chance to do better, and costs a little.
+that is malformed, or that fails, is answered by an error, which is a chance to do better.
 Success is that the last turn states all expected values ("gt").
 
 Loss only on own tokens: Jin et al. 2025, https://arxiv.org/abs/2503.09516, section 3.1.
@@ -17,8 +17,8 @@ Loss only on own tokens: Jin et al. 2025, https://arxiv.org/abs/2503.09516, sect
     torchrun --nproc_per_node 2 trainer/train_agent.py
 
 Reads lines {"conversations": [system with tools, user, placeholder], "gt": [values]} and
-out/full_sft_512.pth; writes out/agent_512.pth. Tools: trainer/tools.py. Next: python eval_llm.py --weight
-agent.
+out/full_sft_512.pth; writes out/agent_512.pth. Tools: trainer/tools.py. Next: python scripts/eval_mini.py
+--weight out/agent_512.pth --exams tools.
 """
 
 import sys
@@ -82,7 +82,7 @@ def conversation_figures(samples) -> dict:
 
 
 def main(args):
-    from trainer import runtime
+    from trainer import checkpoint, runtime
     from trainer.rl import Course, groups_that_differ
     from trainer.rollout import converse
 
@@ -97,7 +97,8 @@ def main(args):
         return figures | conversation_figures([sample for group in groups for sample in group[0]])
 
     course.fit(update)
-    course.end()
+    written = checkpoint.shown(checkpoint.weight_path(args, runtime.bare(course.model).config))
+    course.end(f"python scripts/eval_mini.py --weight {written} --exams tools")
 
 
 if __name__ == "__main__":

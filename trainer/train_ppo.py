@@ -6,9 +6,8 @@
 
 The state is what was written so far, the action the next token; V_t is read at the position that predicts
 token t. The score of an answer is the reward of its last token. A are whitened over all tokens of the step,
-R are not. Several updates are made from one rollout: minibatches in --ppo_update_iters passes, which end
-early, with nothing moved, when the policy has drifted further than --early_stop_kl from the one that
-sampled.
+R are not. Several updates are made from one rollout: minibatches in --ppo_update_iters passes. Once
+the policy has drifted further than --early_stop_kl from the one that sampled, the actor stops.
 
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equations 7 and 9; GAE: https://arxiv.org/abs/1506.02438,
 equation 16; for language models: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3.5.
@@ -203,7 +202,8 @@ def parse_args(argv=None):
         "--early_stop_kl",
         **positive,
         default=0.05,
-        help="drift (k3 to the policy that sampled) at which a step ends, nothing moved; 0 = never",
+        help="drift (k3 to the policy that sampled) at which the actor makes no more updates in a step (the "
+        "critic does); 0 = never",
     )
     g.add_argument(
         "--debug_log_ratio",
