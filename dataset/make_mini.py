@@ -703,16 +703,20 @@ class Curriculum:
         """Prompts with a checkable answer, of kinds that fine-tuning leaves at different levels; none that it
         never solves, for where no sample is right there is nothing to reinforce."""
         found, seen = [], set()
-        kinds = ["borrow"] * 10 + ["sub"] * 6 + ["compare"] * 2 + ["next"] * 2
+        kinds = ["borrow"] * 9 + ["sub"] * 5 + ["compare"] * 2 + ["next"] * 2 + ["sum"] * 2
         while len(found) < count:
             language, kind = LANGUAGES[len(found) % 2], rng.choice(kinds)
             for _ in range(500):  # of this kind, so that both files have the same mixture
-                question, _, answer = other_math(self.split, rng, kind.replace("borrow", "sub"), language)
-                numbers = "".join(c if c.isdigit() else " " for c in question).split()
-                units = [int(number) % 10 for number in sorted(numbers, key=int)]
-                if kind in ("borrow", "sub") and (units[0] > units[1]) is (kind == "sub"):
-                    continue  # the smaller number has the larger last digit: one is borrowed from the tens
-                is_held = self.split.held_class(8, "rlaif", *sorted(numbers))
+                if kind == "sum":
+                    question, _, a, b = self.sum_pair(rng, language, held)
+                    answer, is_held = str(a + b), held
+                else:
+                    question, _, answer = other_math(self.split, rng, kind.replace("borrow", "sub"), language)
+                    numbers = "".join(c if c.isdigit() else " " for c in question).split()
+                    is_held = self.split.held_class(8, "rlaif", *sorted(numbers))
+                    units = [int(number) % 10 for number in sorted(numbers, key=int)]
+                    if kind in ("borrow", "sub") and (units[0] > units[1]) is (kind == "sub"):
+                        continue  # borrow: the smaller number has the larger last digit
                 if is_held is held and (question not in seen or not held and rng.random() < 0.1):
                     break
             else:

@@ -51,7 +51,7 @@ STUDENT = (
 
 # Reinforcement learning: some 200 to 250 answers in a step, four updates from them.
 RL = ["--warmup_steps", "5"]
-PROBLEMS = "--max_gen_len 64 --max_steps 60 --val_interval 20".split()
+PROBLEMS = "--max_gen_len 64 --max_steps 45 --val_interval 15".split()
 GROUPS = "--batch_size 24 --num_generations 10 --dynamic_sampling 2 --mini_batch_size 60"
 SINGLE = "--batch_size 256 --mini_batch_size 64"
 TOOL_USE = "--max_seq_len 448 --max_gen_len 96 --max_total_len 900 --max_steps 14 --val_interval 7".split()

@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from data_helpers import assistant, user
 from stage_helpers import base_weights, run_here
@@ -76,8 +77,43 @@ def parsed(stage, folder, *more, steps=3) -> argparse.Namespace:
 
 
 def train(stage, folder, *more, steps=3):
-    """Run a stage in this process, as its script would."""
-    run_here(stage, flags(stage, folder, *more, steps=steps))
+    """Run a stage in this process, as its script would. An agent's conversations have several turns."""
+    with pytest.MonkeyPatch.context() as patch:
+        if stage == "agent":
+            call_first(patch)
+        run_here(stage, flags(stage, folder, *more, steps=steps))
+
+
+CALL = '<tool_call>\n{"name": "calculate_math", "arguments": {"expression": "1 + 2"}}\n</tool_call><|im_end|>'
+
+
+def call_first(patch):
+    """A random model never calls a tool by chance. Here every second first turn is a call, with the
+    log-probabilities that the model gives it; the turns behind it are the engine's own."""
+    from dataset.lm_dataset import TextEncoder
+    from model.generation import Completion
+    from trainer import checkpoint, rollout
+
+    encoder = TextEncoder.of(checkpoint.load_tokenizer())
+    ids, original = encode(encoder, CALL), rollout.LocalEngine.generate
+
+    def generate(self, prompts, seeds, num_return_sequences, max_new_tokens, temperature):
+        found = original(self, prompts, seeds, num_return_sequences, max_new_tokens, temperature)
+        for i in range(len(found)):
+            prompt = prompts[i // num_return_sequences]
+            if (i % num_return_sequences + sum(prompt)) % 2:
+                continue
+            if prompt.count(encoder.special_ids["<|im_start|>"]) == 3:  # system, user, the answer
+                with torch.no_grad():
+                    logits = self.generator.model(torch.tensor([prompt + ids])).logits[
+                        0, len(prompt) - 1 : -1
+                    ]
+                logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+                drawn = logps[torch.arange(len(ids)), torch.tensor(ids)]
+                found[i] = Completion(found[i].prompt_index, list(ids), drawn, "eos", len(prompt))
+        return found
+
+    patch.setattr(rollout.LocalEngine, "generate", generate)
 
 
 class Script:

@@ -617,6 +617,50 @@ def test_a_step_of_the_stage_is_the_formula(tmp_path, monkeypatch, tokenizer, lo
     assert largest_difference(expected, {name: found[name] for name in expected}) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "tries, differing, kept, sampled",
+    [
+        (0, [4, 5, 6, 7], 4, 4),  # off: what was sampled is learned from, equal or not
+        (2, [0, 1, 2, 3, 4, 5, 6, 7], 4, 4),  # enough at once
+        (2, [], 0, 12),  # nothing differs: all tries, and an empty step
+        (9, [1, 4, 5, 6, 7], 4, None),  # until there are as many as asked for
+    ],
+)
+def test_dynamic_sampling_fills_a_step_with_groups_that_differ(tries, differing, kept, sampled):
+    from trainer.rl import groups_that_differ
+    from trainer.rollout import Sample
+    from trainer.runtime import Runtime
+
+    class Prompts(list):
+        verifiable = True
+
+    def answer(rows, places, step):
+        asked.extend(zip(rows, places))
+        return [Sample(row, place, [1], [2]) for row, place in zip(rows, places) for _ in range(3)]
+
+    def rewards_of(samples):
+        found = [float(s.row in differing and i % 3 == 0) for i, s in enumerate(samples)]
+        return found, {"correct": found}, found
+
+    asked, args = [], argparse.Namespace(dynamic_sampling=tries, num_generations=3, seed=1)
+    rt = Runtime(torch.device("cpu"), torch.float32, seed=1)
+    course = argparse.Namespace(
+        args=args, rt=rt, train=Prompts(range(8)), answer=answer, rewards_of=rewards_of
+    )
+    groups, figures = groups_that_differ(course, [0, 1, 2, 3], [0, 1, 2, 3], 0)
+    assert len(groups) == kept and figures["groups_kept"] == (kept, len(asked))
+    assert sampled is None or len(asked) == sampled
+    assert len(asked) == len({place for _, place in asked}), (
+        "every group has a place, and so draws, of its own"
+    )
+    for samples, rewards, parts, right in groups:
+        assert len(samples) == 3 and len({(s.row, s.place) for s in samples}) == 1
+        assert rewards == parts["correct"] == right
+        assert not tries or (samples[0].row in differing and rewards == [1, 0, 0])
+    equal = sum(row not in differing for row, _ in asked)
+    assert figures["degenerate"] == (equal, len(asked)) and figures["all_wrong"] == (equal, len(asked))
+
+
 def test_a_step_in_which_all_were_cut_moves_nothing(tmp_path):
     """--overlong mask with answers none of which ends."""
     train("grpo", tmp_path, "--overlong", "mask", "--max_gen_len", 2, steps=2)

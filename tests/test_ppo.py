@@ -469,6 +469,13 @@ def spy(monkeypatch):
     return seen
 
 
+def test_a_step_in_which_all_were_cut_moves_nothing(tmp_path):
+    """--overlong mask with answers none of which ends: nobody learns, nothing fails."""
+    train("ppo", tmp_path, "--overlong", "mask", "--max_gen_len", 2, steps=2)
+    assert all(line["truncated"] == 1 for line in lines(tmp_path)) and len(lines(tmp_path)) == 2
+    assert_bit_equal(weights(tmp_path, NAME), weights(tmp_path, BASE))
+
+
 def test_a_new_critic_expects_nothing(tmp_path, monkeypatch):
     """Its head is zero: the first advantages are the rewards themselves. Then it learns."""
     seen = spy(monkeypatch)

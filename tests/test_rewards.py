@@ -105,6 +105,9 @@ WRONG = {
     "before an open think": ("57 <think> hm", "57"),
     "thoughts only": ("<think>\n57\n</think>\n\n", "57"),
     "too long": ("word " * 600 + "57", "57"),
+    "30!": ("The value of 30! is 265252859812191058636308480000000, so 57", "57"),
+    "a number of 29 digits": ("10000000000000000000000000000 so 57", "57"),
+    "a long number beside a word": ("Monday, 265252859812191058636308480000000", "Monday"),
 }
 
 

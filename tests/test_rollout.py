@@ -245,7 +245,7 @@ def test_odd_spelling_never_shifts_what_is_trained(tasks, tokenizer, turn):
 
 
 def test_random_tokens_keep_the_invariants(tasks, tokenizer, rt):
-    """A policy that draws any token at all, tags included: trained ids are fed ids, and scores agree."""
+    """A policy that draws any token at all, tags included: trained ids are fed ids."""
     draw = torch.Generator().manual_seed(0)
     tags = [
         tokenizer.convert_tokens_to_ids(t) for t in ("<tool_call>", "</tool_call>", "<think>", "</think>")

@@ -116,14 +116,14 @@ def test_state_makes_the_round_trip():
     tracker = tracker_of()
     tracker.see([0, 2], [1.0, 0.0], [0.0, 0.0])
     tracker.visits[0] = 3
-    tracker.answers = {2: ([5, 6, 7], [-0.5, -1.25, -0.1]), 0: ([8], [-2.0])}
+    tracker.answers = {2: ([5, 6, 7], [-0.5, -1.25, -0.1], True), 0: ([8], [-2.0], False)}
     tracker.mean_logp = -0.7
     file = io.BytesIO()
     torch.save(tracker.state_dict(), file)
     file.seek(0)
     other = tracker_of(alpha=9.0)
     other.load_state_dict(torch.load(file, weights_only=True))
-    assert other.answers == {2: ([5, 6, 7], [-0.5, -1.25, -0.1]), 0: ([8], [-2.0])}
+    assert other.answers == {2: ([5, 6, 7], [-0.5, -1.25, -0.1], True), 0: ([8], [-2.0], False)}
     assert other.alpha.equal(tracker.alpha) and other.visits.tolist() == [3, 0, 0] and other.mean_logp == -0.7
     for one in (tracker, other):
         one.see([2], [0.4], [0.004])
@@ -300,7 +300,7 @@ def test_the_change_is_that_of_the_prompts_last_answer(tmp_path, monkeypatch):
     before = small_model(initializer_range=0.2)
     before.load_state_dict(weights(tmp_path, BASE))
     prompts, expected = load_prompts(rows, checkpoint.load_tokenizer(), 512)[0], {}
-    for row, (ids, then) in first.tracker.answers.items():
+    for row, (ids, then, _) in first.tracker.answers.items():
         prompt = prompts.ids(row, False)
         with torch.no_grad():
             now, earlier = (log_probs(m, prompt, ids) for m in (model, before))
@@ -332,9 +332,17 @@ def test_the_last_answer_is_kept(tmp_path, monkeypatch):
     train("spo", tmp_path, "--init_samples", 0, steps=3)
     last, kept = {s.row: s for s in answered[2]}, watch.tracker.answers
     assert kept.keys() == last.keys() == {0, 1, 2, 3}
-    for row, (ids, logps) in kept.items():
+    for row, (ids, logps, _) in kept.items():
         assert ids == last[row].ids and logps == pytest.approx(last[row].logprobs, abs=1e-5)
     assert all(s.ids != last[s.row].ids for s in answered[1])
+
+
+def test_the_last_answer_is_scored_behind_the_prompt_it_had(tmp_path, monkeypatch):
+    """With thoughts: a policy that stands still has not changed."""
+    write_lines(tmp_path, "data.jsonl", prompt_rows(4))
+    watch = Watch(monkeypatch)
+    train("spo", tmp_path, "--thinking_ratio", 1, "--learning_rate", 1e-12, steps=2)
+    assert max(watch.of("see")[1][2]) < 1e-5 and all(answer[2] for answer in watch.tracker.answers.values())
 
 
 def log_probs(model, prompt, ids):

@@ -99,10 +99,11 @@ class Run:
         model = runtime.wrap(model, rt)
         return model, cli.build_optimizers(model, args, rt)
 
-    def fit(self, model, optimizers, update, validate, before=False, **extra):
+    def fit(self, model, optimizers, update, validate, before=False, undo=None, **extra):
         """All steps: `update(step, micro_batches, lr_factor)` makes one and returns its line of the log,
         `validate(model)` the held-out metrics. before: validate first of all, so that the last lines can say
-        what the stage changed. extra: goes into the resume file; what changes during the run is given as a
+        what the stage changed. undo: how to take steps back that were only timed (default: weights and
+        optimizers as they were). extra: goes into the resume file; what changes during the run is given as a
         function that is asked at every save."""
         args, rt = self.args, self.rt
 
@@ -114,7 +115,7 @@ class Run:
         first = validate(model) if before and self.saved is None else {}
         made = []
         if args.max_minutes and not args.max_steps:
-            undo = runtime.snapshot(model, optimizers, rt)
+            undo = undo or runtime.snapshot(model, optimizers, rt)
             check = functools.partial(validate, model)
             args.max_steps, made = batches.steps_for_minutes(self.train, args, rt, make, undo, check)
         total_steps = batches.num_steps(len(self.train), args)

@@ -166,7 +166,9 @@ def same(a: Decimal, b: Decimal) -> bool:
 
 def among(number: Decimal, known: set[Decimal]) -> bool:
     """Whether a number is one of `known`, whatever their signs."""
-    return any(same(abs(number), abs(k)) for k in known) if number % 1 else {number, -number} & known != set()
+    if number == number.to_integral_value():  # `number % 1` fails beyond 28 digits
+        return number in known or -number in known
+    return any(same(abs(number), abs(k)) for k in known)
 
 
 def holds(expression: str, result: str) -> bool | None:

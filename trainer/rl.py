@@ -48,13 +48,16 @@ class Course:
         if self.reference is not None:
             self.run.other_bytes += sum(4 * p.numel() for p in self.reference.parameters())
         self.model, self.optimizers = self.run.prepare(self.model, dynamic=True)
+        if self.reference is not None and str(args.use_compile) == "1":
+            # as the policy is: compiled bfloat16 code rounds in other places
+            self.reference.train().requires_grad_(True).compile_blocks(True)
         self.engine = rollout.make_engine(args, self.model, rt, self.tokenizer)
         self.gauge = HackingGauge()
         self.extra = dict(self.run.saved["extra"]) if self.run.saved else {}
         if "gauge" in self.extra:
             self.gauge.load_state_dict(self.extra["gauge"])
         self.files = rl_metrics.SampleFile(args, rt, self.run.saved["step"] if self.run.saved else 0)
-        self.seconds = {}
+        self.seconds, self.made = {}, 0  # steps, also those that are only timed
 
     # -- in a step
 
@@ -72,7 +75,7 @@ class Course:
         args, rt, made = self.args, self.rt, []
         micro_loss = functools.partial(loss, head=self.head, step=trajectories, args=args)
         with self.timed("update_s"):
-            for which in mini_batches(len(trajectories), args, step, rt):
+            for which in mini_batches(trajectories.samples, args, step, rt):
                 batch = trajectories.micro_batches(which, args, self.tokenizer.pad_token_id, rt, silent)
                 counts = rl_metrics.counts_of(batch)
                 if not rl_metrics.anything(trajectories, which, args, rt):
@@ -152,7 +155,7 @@ class Course:
         found = {"tax_loss": earlier["val_loss"]} if earlier else {}
         if val is None:
             return found
-        done = self.run.log.done if self.run.log else 0
+        done = self.run.log.done if self.run.log else self.made
         self.send_weights(done)
         figures, greedy, sampled = rollout.held_out_success(
             self.engine, val, args, rt, self.tokenizer, self.play
@@ -214,9 +217,27 @@ class Course:
 
     def fit(self, update, **extra):
         """All steps. extra: functions that give what else the resume file must hold."""
-        update, check = self.saved_first(update), self.saved_first(self.check)
+
+        def counted(*inputs):
+            self.made += 1
+            return update(*inputs)
+
+        def cannot_undo():  # a critic, records of prompts and samples on disk would have to follow
+            raise runtime.TrainingError(
+                f"--max_minutes timed its first {self.made} steps and would have to take them back, because "
+                "the prompts were used up: give more --epochs, or --max_steps"
+            )
+
         extra["gauge"] = self.gauge.state_dict
-        self.run.fit(self.model, self.optimizers, update, check, before=True, **extra)
+        self.run.fit(
+            self.model,
+            self.optimizers,
+            self.saved_first(counted),
+            self.saved_first(self.check),
+            before=True,
+            undo=cannot_undo,
+            **extra,
+        )
 
     def end(self, next_command=None):
         flags = progress.same_model_flags(self.args, known=["preset", "hidden_size", "use_moe"])
@@ -304,17 +325,19 @@ def make_rewards(args, prompts, tokenizer, rt):
 # --------------------------------------------------------------------------------------------------
 
 
-def mini_batches(num_answers: int, args, step: int, rt) -> list[list[int]]:
-    """This process's answers in each update of a step: --update_iters passes over them, each shuffled and cut
-    into parts of --mini_batch_size answers over all processes. All processes make the same number."""
-    order = list(range(num_answers))
+def mini_batches(samples, args, step: int, rt) -> list[list[int]]:
+    """This process's answers in each update of a step: --update_iters passes over the answers of all
+    processes, each shuffled and cut into parts of --mini_batch_size. The parts are the same for any number
+    of processes; a process may have nothing in one."""
     if not args.mini_batch_size:
-        return [order] * args.update_iters
-    size, found = -(-args.mini_batch_size // rt.world_size), []
-    most = max(1, *runtime.gather(num_answers, rt))
+        return [list(range(len(samples)))] * args.update_iters
+    places = runtime.gather([sample.place for sample in samples], rt)
+    order = sorted((place, rank, i) for rank, part in enumerate(places) for i, place in enumerate(part))
+    found, size = [], args.mini_batch_size
     for number in range(args.update_iters):
         random.Random(runtime.mix_seed(args.seed, 13, step, number)).shuffle(order)
-        found += [order[i : i + size] for i in range(0, most, size)]
+        parts = [order[start : start + size] for start in range(0, max(len(order), 1), size)]
+        found += [[i for _, rank, i in part if rank == rt.rank] for part in parts]
     return found
 
 

@@ -85,7 +85,8 @@ def add_rollout(parser, num_generations: int | None, max_gen_len: int):
         "--rollout_shared_path",
         "--sglang_shared_path",
         metavar="DIR",
-        help="folder in which new weights are handed to the server; without it rollout_weights in --save_dir",
+        help="folder in which new weights are handed to the server; without it rollout_weights/NAME below "
+        "--save_dir",
     )
     g.add_argument(
         "--rollout_dtype",

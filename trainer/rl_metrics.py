@@ -72,11 +72,12 @@ def effective_share(weights, rt=None) -> float:
     return total**2 / (n * squares) if squares else 1.0
 
 
-def explained_variance(values, returns) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 = the critic knows, 0 = it knows no more than the mean,
-    below 0 = it misleads."""
-    spread = returns.double().var(correction=0)
-    return float(1 - (returns - values).double().var(correction=0) / spread) if spread > 0 else 0.0
+def explained_variance(values, returns, rt=None) -> float:
+    """1 - Var(returns - values) / Var(returns), over all processes: 1 = the critic knows, 0 = it knows no
+    more than the mean, below 0 = it misleads."""
+    _, left = runtime.spread(returns - values, rt)
+    _, spread = runtime.spread(returns, rt)
+    return 1 - left**2 / spread**2 if spread > 0 else 0.0
 
 
 def answer_figures(samples, rewards, parts, right, rt) -> dict:

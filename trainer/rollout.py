@@ -107,7 +107,7 @@ def make_engine(args, model, rt, tokenizer):
 
         from trainer.served import ServedEngine
 
-        folder = Path(args.rollout_shared_path or Path(args.save_dir) / "rollout_weights")
+        folder = Path(args.rollout_shared_path or Path(args.save_dir) / "rollout_weights" / args.save_weight)
         engine = ServedEngine(args.rollout_engine, args.rollout_url, folder)
         if rt.is_main:
             engine.check()

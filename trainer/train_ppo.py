@@ -36,7 +36,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     import torch
 
     advantages = torch.zeros_like(values)
-    next_value, next_advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    next_value = next_advantage = values.new_zeros(len(values))  # also of answers without any token
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
@@ -285,7 +285,7 @@ def main(args):
         critic_step = functools.partial(critic_loss, step=own, args=args)
         updates, critic_updates, stopped = [], [], False
         with course.timed("update_s"):
-            for number, which in enumerate(mini_batches(len(samples), args, step, rt)):
+            for number, which in enumerate(mini_batches(samples, args, step, rt)):
                 batch = own.micro_batches(which, args, pad_id, rt)
                 counts = rl_metrics.counts_of(batch)
                 if not stopped and step >= args.critic_warmup:
@@ -300,8 +300,10 @@ def main(args):
                 critic_updates.append(made)
         found = course.figures(step, updates or [{"lr": 0.0}], own, scores, parts, right, advantages.sum(1))
         of_critic = rl_metrics.merged(critic_updates)
-        found |= {"value_loss": of_critic["loss"], "value_clip": of_critic["value_clip"]}
-        found["explained_variance"] = (rl_metrics.explained_variance(own.values, own.returns), 1)
+        nothing = (0.0, 0)  # where no answer of the step is learned from
+        found["value_loss"] = of_critic.get("loss", nothing)
+        found["value_clip"] = of_critic.get("value_clip", nothing)
+        found["explained_variance"] = (rl_metrics.explained_variance(own.values, own.returns, rt), 1)
         found["early_stop"] = (float(stopped), 1)
         return found
 

@@ -92,7 +92,7 @@ class Tracker:
         size = 1 if self.one else num_prompts
         self.alpha, self.beta = first_counts(torch.zeros(size, dtype=torch.float64), 0, args.rho_min)
         self.visits = torch.zeros(num_prompts, dtype=torch.int64)
-        self.answers: dict = {}  # row -> (ids, log-probabilities)
+        self.answers: dict = {}  # row -> (ids, log-probabilities, whether the prompt opened a think block)
         self.mean_logp = None  # of the last step's answers (global)
 
     def value(self, rows=None):
@@ -127,17 +127,17 @@ class Tracker:
         return rho
 
     def learn(self, seen):
-        """After a step: (row, reward in [0, 1], change, ids, log-probabilities) of every answer, of all
-        processes. Returns rho (n,)."""
-        rows, rewards, changes, ids, logps = zip(*seen)
+        """After a step: (row, reward in [0, 1], change, ids, log-probabilities, thinking) of every answer, of
+        all processes. Returns rho (n,)."""
+        rows, rewards, changes, ids, logps, thinking = zip(*seen)
         if self.one:  # the change of the mean log-probability from step to step, as MiniMind measures it
             mean = sum(map(sum, logps)) / max(sum(map(len, logps)), 1)
             changes = [0.0 if self.mean_logp is None else abs(mean - self.mean_logp)]
             self.mean_logp = mean
-        for row, answer, old in zip(rows, ids, logps):
+        for row, answer, old, thought in zip(rows, ids, logps, thinking):
             self.visits[row] += 1
             if len(answer) == len(old):  # not one that was left out of the loss
-                self.answers[row] = (answer, old)
+                self.answers[row] = (answer, old, thought)
         return self.see(rows, rewards, changes)
 
     def state_dict(self):
@@ -146,14 +146,16 @@ class Tracker:
             "beta": self.beta,
             "visits": self.visits,
             "rows": list(self.answers),
-            "ids": [ids for ids, _ in self.answers.values()],
-            "logps": [logps for _, logps in self.answers.values()],
+            "ids": [ids for ids, _, _ in self.answers.values()],
+            "logps": [logps for _, logps, _ in self.answers.values()],
+            "thinking": [thinking for _, _, thinking in self.answers.values()],
             "mean_logp": self.mean_logp,
         }
 
     def load_state_dict(self, state):
         self.alpha, self.beta, self.visits = state["alpha"], state["beta"], state["visits"]
-        self.answers = dict(zip(state["rows"], zip(state["ids"], state["logps"])))
+        answers = zip(state["ids"], state["logps"], state["thinking"])
+        self.answers = dict(zip(state["rows"], answers))
         self.mean_logp = state["mean_logp"]
 
 
@@ -193,8 +195,8 @@ def policy_changes(course, tracker, rows):
 
     known = [row for row in rows if row in tracker.answers]
     earlier = [
-        rollout.Sample(row, 0, course.train.ids(row), ids, [True] * len(ids), logps, "eos")
-        for row, (ids, logps) in ((row, tracker.answers[row]) for row in known)
+        rollout.Sample(row, 0, course.train.ids(row, thinking), ids, [True] * len(ids), logps, "eos")
+        for row, (ids, logps, thinking) in ((row, tracker.answers[row]) for row in known)
     ]
     own = rollout.Trajectories(earlier, course.rt.device)
     moved = (course.old_logprobs(own) - own.sampler).abs().double()
@@ -286,10 +288,12 @@ def main(args):
 
         first_visits = sum(int(tracker.visits[row]) == 0 for row in rows)
         logps = [part.tolist() for part in own.old.split(own.length.tolist())]
-        mine = list(zip(rows, r.tolist(), changes.tolist(), [sample.ids for sample in samples], logps))
+        answered = [(sample.ids, part, sample.thinking) for sample, part in zip(samples, logps)]
+        mine = [(*known, *answer) for *known, answer in zip(rows, r.tolist(), changes.tolist(), answered)]
         rho = tracker.learn([answer for part in runtime.gather(mine, rt) for answer in part])
 
         found = course.figures(step, updates, own, rewards, parts, right, advantages)
+        largest = max(runtime.gather(float(advantages.abs().max()) if len(rows) else 0.0, rt))
         n, drawn = len(rows), prompt_weights(tracker.value())
         drawn = drawn / drawn.sum()
         return found | {
@@ -301,7 +305,7 @@ def main(args):
             "rho_floor": (float((rho <= args.rho_min).double().mean()), 1),
             "first_visits": (first_visits, n),
             "visits": (float(tracker.visits.double().mean()), 1),
-            "advantage_max": (float(advantages.abs().max()) if n else 0.0, 1),
+            "advantage_max": (largest, 1),
             "prompt_entropy": (float(-(drawn * drawn.log()).sum()), 1),
         }
 
