@@ -267,3 +267,9 @@ def test_only_programs_that_run_now_are_noted(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(runtime, "others_running", lambda n=running: n)
         train("pretrain", tmp_path, steps=1)
         assert ("other programs keep this machine busy" in capsys.readouterr().out) is noted
+
+
+def test_figures_for_the_file_are_not_printed():
+    """Reinforcement learning has some forty figures; a line is for reading."""
+    shown = progress.terminal_line({"step": 1, "total_steps": 2, "reward": 0.5, "ess": 0.9, "clip_low": 0.0})
+    assert shown == "step 1/2 | reward 0.5000"

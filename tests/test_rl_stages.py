@@ -187,8 +187,9 @@ def test_the_first_update_finds_a_policy_that_has_not_moved(tmp_path, stage):
     log-probabilities. (Minibatches of more answers than there are: pi_old is scored on its own.)"""
     train(stage, tmp_path, "--beta", 0.1, "--mini_batch_size", 99, "--update_iters", 1, steps=1)
     (line,) = [x for x in lines(tmp_path, stage) if "reward" in x]
-    assert line["drift"] == 0 and abs(line["kl"]) < 1e-8 and line["kl_k1"] == 0
-    assert line["clip_low"] == line["clip_high"] == 0
+    assert line["drift"] == line["drift_k1"] == 0 and abs(line["kl"]) < 1e-8 and line["kl_k1"] == 0
+    assert line["clip_low"] == line["clip_high"] == 0 and 0 < line["mismatch_max"] < 1e-4
+    assert line["advantage_max"] >= line["advantage_std"] > 0
     assert line["mismatch"] < 1e-5 and abs(line["ratio_max"] - 1) < 1e-4 and line["ess"] > 0.9999
 
 

@@ -1,4 +1,5 @@
-"""What you see while it runs: one line in the terminal is one JSON line in out/<weight>_log.jsonl.
+"""What you see while it runs: one line in the terminal is one JSON line in out/<weight>_log.jsonl, which
+may hold more figures.
 
 docs/metrics.md says for each metric its formula, sign and unit. Losses and counts are sums over all
 processes since the line before; the device is waited for when a line is written, not at every step.
@@ -225,11 +226,20 @@ FORMATS = {
 }
 
 
+# Figures of reinforcement learning that stand in the file alone: a line in the terminal is for reading.
+FILE_ONLY = set(
+    """advantage advantage_abs advantage_std advantage_max all_right all_wrong clip_low clip_high drift_k1 ess
+    groups_kept kl_k1 length_ended length_p95 mismatch mismatch_max ratio_max reward_var rollout_s score_s
+    update_s sampled_tokens value_clip refused change first_visits prompt_entropy rho rho_floor tracker_n
+    visits calls failed_calls tool_tokens""".split()
+)
+
+
 def terminal_line(record: dict) -> str:
     """`step 20/400 | loss 5.1234 | lr 3.00e-03 | ...`, in the order of the record."""
     parts = []
     for name, value in record.items():
-        if name == "total_steps":
+        if name == "total_steps" or name in FILE_ONLY:
             continue
         if name == "step":
             parts.append(

@@ -131,11 +131,15 @@ class Course:
         rt, samples = self.rt, trajectories.samples
         found = rl_metrics.merged(updates)
         found |= rl_metrics.answer_figures(samples, rewards, parts, right, rt)
-        found |= rl_metrics.advantage_figures(torch.as_tensor(advantages))
+        found |= rl_metrics.advantage_figures(torch.as_tensor(advantages), rt)
         found["length_p95"] = (rl_metrics.length_quantile(samples, rt), 1)
         weights = trajectories.ratio.double()
         found["ess"] = (rl_metrics.effective_share(weights, rt), 1)
-        found["ratio_max"] = (max(runtime.gather(float(weights.max()) if len(weights) else 0.0, rt)), 1)
+        found["ratio_max"] = (rl_metrics.largest(weights, rt), 1)
+        if trajectories.old is not None:
+            gap = (trajectories.old - trajectories.sampler).abs()
+            gap = gap[trajectories.old != 0]  # the others were not scored: they teach nothing
+            found["mismatch_max"] = (rl_metrics.largest(gap, rt), 1)
         found |= {name: (seconds, 1) for name, seconds in self.seconds.items()}
         self.seconds = {}
         self.files.see(

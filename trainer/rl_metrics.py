@@ -21,7 +21,7 @@ from trainer.progress import read_log
 # --------------------------------------------------------------------------------------------------
 
 
-TOKEN_FIGURES = ("entropy", "clip_low", "clip_high", "drift", "mismatch", "kl", "kl_k1")
+TOKEN_FIGURES = ("entropy", "clip_low", "clip_high", "drift", "drift_k1", "mismatch", "kl", "kl_k1")
 
 
 def token_figures(
@@ -32,8 +32,8 @@ def token_figures(
     clip_low, clip_high: tokens at which clipping takes the gradient away (A < 0 and r < 1 - eps; A > 0 and
     r > 1 + eps_high): |r - 1| > eps alone would count tokens that still learn. For cispo, whose tokens all
     keep a gradient, those whose weight is capped. clipped_by: the log of the ratio that is
-    clipped where it is not the token's (gspo). drift: k3 of pi_old to pi. mismatch: |log pi_old - log of
-    the sampler|.
+    clipped where it is not the token's (gspo). drift, drift_k1: k3 and k1 of pi_old to pi. mismatch:
+    |log pi_old - log of the sampler|.
     """
     log_ratio = (logps - old).detach()
     ratio = log_ratio.exp()
@@ -46,6 +46,7 @@ def token_figures(
         "clip_low": low.sum(),
         "clip_high": high.sum(),
         "drift": (ratio - 1 - log_ratio).sum(),
+        "drift_k1": -log_ratio.sum(),
         "mismatch": mismatch.abs().sum(),
     }
 
@@ -121,13 +122,20 @@ def group_figures(groups, verifiable: bool) -> dict:
     return found
 
 
-def advantage_figures(advantages) -> dict:
+def advantage_figures(advantages, rt) -> dict:
     """advantages: one per sample. Their size, since their mean is near zero by construction."""
     flat = advantages.flatten().double()
     return {
         "advantage": (float(flat.sum()), len(flat)),
         "advantage_abs": (float(flat.abs().sum()), len(flat)),
+        "advantage_std": (runtime.spread(flat, rt)[1], 1),
+        "advantage_max": (largest(flat.abs(), rt), 1),
     }
+
+
+def largest(values, rt) -> float:
+    """The maximum over all processes; 0 of nothing."""
+    return max(runtime.gather(float(values.max()) if len(values) else 0.0, rt))
 
 
 def anything(trajectories, which, args, rt) -> bool:

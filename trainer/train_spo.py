@@ -293,7 +293,6 @@ def main(args):
         rho = tracker.learn([answer for part in runtime.gather(mine, rt) for answer in part])
 
         found = course.figures(step, updates, own, rewards, parts, right, advantages)
-        largest = max(runtime.gather(float(advantages.abs().max()) if len(rows) else 0.0, rt))
         n, drawn = len(rows), prompt_weights(tracker.value())
         drawn = drawn / drawn.sum()
         return found | {
@@ -305,7 +304,6 @@ def main(args):
             "rho_floor": (float((rho <= args.rho_min).double().mean()), 1),
             "first_visits": (first_visits, n),
             "visits": (float(tracker.visits.double().mean()), 1),
-            "advantage_max": (largest, 1),
             "prompt_entropy": (float(-(drawn * drawn.log()).sum()), 1),
         }
 
