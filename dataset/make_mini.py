@@ -491,8 +491,7 @@ class Curriculum:
         what was learned before is not forgotten."""
         rng, count = self.rng("sft_tools"), self.count("tools")
         found = self.tool_rows(rng, count, two_steps=0.7, sloppy=0.55, small=True)
-        facts = self.fact_rows(rng, 2)
-        found += rng.sample(facts, min(len(facts), count // 2)) + self.sum_rows(rng, count * 3 // 10)
+        found += self.fact_rows(rng, max(1, 5 * count // 5000)) + self.sum_rows(rng, count * 3 // 10)
         found += self.other_math_rows(rng, count // 20) + self.chat_rows(rng, count // 40)
         rng.shuffle(found)
         return found
