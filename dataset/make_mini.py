@@ -73,6 +73,7 @@ COUNTS = {
     "sft_copying": 400,  # per language
     "sft_tools": 260,
     "tools": 5000,
+    "tools_facts": 5,  # beside them, as sft_facts
     "identity": 640,
     "reason": 2000,
     "distill": 300,
@@ -491,7 +492,7 @@ class Curriculum:
         what was learned before is not forgotten."""
         rng, count = self.rng("sft_tools"), self.count("tools")
         found = self.tool_rows(rng, count, two_steps=0.7, sloppy=0.55, small=True)
-        found += self.fact_rows(rng, max(1, 5 * count // 5000)) + self.sum_rows(rng, count * 3 // 10)
+        found += self.fact_rows(rng, self.count("tools_facts")) + self.sum_rows(rng, count * 3 // 10)
         found += self.other_math_rows(rng, count // 20) + self.chat_rows(rng, count // 40)
         rng.shuffle(found)
         return found
