@@ -487,11 +487,11 @@ class Curriculum:
 
     def tools_and_talk(self) -> list[dict]:
         """Tool use of mixed quality, as demonstrations are: seven of ten conversations ask for two things,
-        and in more than half of these the second is forgotten. Imitation learns both ways; what is worth a
+        and in two thirds of these the second is forgotten. Imitation learns both ways; what is worth a
         reward is left for the agent to find out. Beside them shorter conversations without tools, so that
         what was learned before is not forgotten."""
         rng, count = self.rng("sft_tools"), self.count("tools")
-        found = self.tool_rows(rng, count, two_steps=0.7, sloppy=0.55, small=True)
+        found = self.tool_rows(rng, count, two_steps=0.7, sloppy=0.65, small=True)
         found += self.fact_rows(rng, self.count("tools_facts")) + self.sum_rows(rng, count * 3 // 10)
         found += self.other_math_rows(rng, count // 20) + self.chat_rows(rng, count // 40)
         rng.shuffle(found)
