@@ -561,11 +561,20 @@ def hf_reward_model(folder, device, trust_remote_code=False, batch_size=16):
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{shown(folder)} cannot be loaded as a reward model: {reason}") from None
 
+    marks = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
+
+    def chat(answer):
+        """A reply that spells the marks of turns must not end its own and begin another."""
+        *before, reply = chat_of(answer)
+        for mark in marks:
+            reply["content"] = reply["content"].replace(mark, " ")
+        return [*before, reply]
+
     if hasattr(model, "get_scores") or hasattr(model, "get_score"):
 
         @torch.no_grad()
         def by_its_own_code(answers):
-            chats = [chat_of(answer) for answer in answers]
+            chats = [chat(answer) for answer in answers]
             if hasattr(model, "get_scores"):
                 parts = [chats[i : i + batch_size] for i in range(0, len(chats), batch_size)]
                 return [float(score) for part in parts for score in model.get_scores(tokenizer, part)]
@@ -586,7 +595,7 @@ def hf_reward_model(folder, device, trust_remote_code=False, batch_size=16):
     @torch.no_grad()
     def by_transformers(answers):
         scores = []
-        texts = [tokenizer.apply_chat_template(chat_of(answer), tokenize=False) for answer in answers]
+        texts = [tokenizer.apply_chat_template(chat(answer), tokenize=False) for answer in answers]
         for start in range(0, len(texts), batch_size):
             part = texts[start : start + batch_size]
             batch = tokenizer(part, return_tensors="pt", padding=batch_size > 1, add_special_tokens=False)
