@@ -49,11 +49,11 @@ STUDENT = (
 ).split()
 
 
-# Reinforcement learning: some 200 to 250 answers in a step, four updates from them.
+# Reinforcement learning: 256 answers in a step (the agent 192), four updates from them.
 RL = ["--warmup_steps", "5"]
-PROBLEMS = "--max_gen_len 64 --max_steps 45 --val_interval 15".split()
-GROUPS = "--batch_size 24 --num_generations 10 --dynamic_sampling 2 --mini_batch_size 60"
-SINGLE = "--batch_size 256 --mini_batch_size 64"
+PROBLEMS = "--max_gen_len 64 --mini_batch_size 64 --learning_rate 3e-5".split()
+GROUPS = "--batch_size 32 --num_generations 8 --dynamic_sampling 2 --max_steps 60 --val_interval 20"
+SINGLE = "--batch_size 256 --max_steps 45 --val_interval 15"
 TOOL_USE = "--max_seq_len 448 --max_gen_len 96 --max_total_len 900 --max_steps 14 --val_interval 7".split()
 
 
@@ -191,28 +191,27 @@ STAGES = [
     ),
     on_problems(
         "grpo",
-        "GRPO: ten answers to a question, what is better than their average is reinforced",
+        "GRPO: eight answers to a question, what is better than their average is reinforced",
         "trainer/train_grpo.py",
-        f"{GROUPS} --learning_rate 4e-5",
+        GROUPS,
     ),
     on_problems(
         "cispo",
         "the same with the loss of CISPO",
         "trainer/train_grpo.py",
-        f"{GROUPS} --learning_rate 4e-5 --loss_type cispo",
+        f"{GROUPS} --loss_type cispo",
     ),
     on_problems(
         "spo",
         "SPO: one answer to each of many questions, compared with the question's past",
         "trainer/train_spo.py",
-        f"{SINGLE} --learning_rate 3e-5",
+        SINGLE,
     ),
     on_problems(
         "ppo_actor",
         "PPO: an actor, and a critic that judges every token",
         "trainer/train_ppo.py",
-        f"{SINGLE} --learning_rate 3e-5 --critic_learning_rate 3e-4 --critic_warmup 5 "
-        "--update_iters 1 --kl_coef 0",
+        f"{SINGLE} --critic_learning_rate 3e-4 --critic_warmup 5 --update_iters 1 --kl_coef 0",
     ),
     Stage(
         "tools",
