@@ -561,7 +561,8 @@ def hf_reward_model(folder, device, trust_remote_code=False, batch_size=16):
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{shown(folder)} cannot be loaded as a reward model: {reason}") from None
 
-    marks = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}, key=len, reverse=True)
+    marks = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
+    marks = sorted(marks, key=lambda mark: (-len(mark), mark))  # a longer one may contain a shorter one
 
     def chat(answer):
         """A reply that spells the marks of turns must not end its own and begin another."""
