@@ -59,17 +59,16 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def parse_args(argv=None):
-    parser = Parser(
-        description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False, usage="%(prog)s [flags]"
-    )
+def add_model_flags(parser, many: bool = False):
+    """The flags that say which weights to load and how. many: a server takes several."""
     g = parser.add_argument_group("which model")
+    more = "; several, separated by commas, are served under their names" if many else ""
     g.add_argument(
         "--weight",
         default="full_sft",
         metavar="NAME",
         help="name of the stage that wrote the weights: pretrain, full_sft, dpo, reason, grpo, "
-        "...; or a .pth file",
+        "...; or a .pth file" + more,
     )
     g.add_argument(
         "--hidden_size",
@@ -116,7 +115,9 @@ def parse_args(argv=None):
         "--lora_name",
         default="None",
         metavar="NAMES",
-        help="adapters of out/lora to add: lora_identity, or lora_a:0.5,lora_b for half of one and all of "
+        help="adapters of out/lora, each served as WEIGHT:ADAPTER beside the weights themselves"
+        if many
+        else "adapters of out/lora to add: lora_identity, or lora_a:0.5,lora_b for half of one and all of "
         "another",
     )
     g.add_argument(
@@ -146,6 +147,12 @@ def parse_args(argv=None):
         "the first time, and a C++ compiler",
     )
 
+
+def parse_args(argv=None):
+    parser = Parser(
+        description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False, usage="%(prog)s [flags]"
+    )
+    add_model_flags(parser)
     g = parser.add_argument_group("what to ask")
     g.add_argument(
         "--prompt", action="append", metavar="TEXT", help="ask this and end; may be given several times"
@@ -322,12 +329,12 @@ class Native:
         million = count_parameters(model)[0] / 1e6
         say(f"{checkpoint.shown(path)}: {million:.2f}M parameters, {dtype}, {device}")
 
-    def encode(self, messages, open_thinking: bool) -> list[int]:
+    def encode(self, messages, open_thinking: bool, tools: list[dict] | None = None) -> list[int]:
         from dataset.lm_dataset import encode_document, encode_prompt
 
         if self.is_base:
             return encode_document(self.tokenizer, messages[-1]["content"])[:-1]  # bos + text, without eos
-        return encode_prompt(self.tokenizer, messages, open_thinking=open_thinking)
+        return encode_prompt(self.tokenizer, messages, tools, open_thinking=open_thinking)
 
     def answer(self, prompt: list[int], settings: dict):
         """Yield (piece of text, tokens it took)."""

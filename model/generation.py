@@ -887,6 +887,29 @@ class Generator:
         ends = torch.tensor([len(p) for p in prompts], device=self.device).cumsum(0) - 1
         return self.call(self.end, [self.layers[-1], self.head], [out[ends], x[ends]])
 
+    def extend(self, ids: list[int], keys, values, start: int, all_logits: bool = False) -> torch.Tensor:
+        """Read tokens at positions `start`, `start` + 1, ... behind those whose keys and values lie in the
+        first `start` slots of keys and values (L, K, S, hd); theirs are written to the next ones.
+        -> logits behind the last of them (1, V), or behind each (len(ids), V)."""
+        T, end, R = len(ids), start + len(ids), self.R
+        cos, sin = self.angles(torch.arange(start, end), end)
+        mask = None
+        if start:
+            mask = torch.ones(T, end, dtype=torch.bool, device=self.device).tril(start)[None, None]
+        elif self.device.type == "cpu" and T <= 1024:
+            mask = block_biases(T, None, self.dtype, self.device)
+        x = self.embedding[torch.tensor(ids, device=self.device)]
+        qk, v = self.call(self.read, self.layers[:1], [x, cos, sin])
+        for i in range(len(self.layers)):
+            keys[i, :, start:end] = qk[:, :, R].transpose(0, 1)
+            values[i, :, start:end] = v.transpose(0, 1)
+            seen = (block[i, :, :end].transpose(0, 1)[None].to(self.dtype) for block in (keys, values))
+            out = attention(qk[:, :, :R].flatten(1, 2)[None], *seen, mask).reshape(T, -1)
+            if i + 1 < len(self.layers):
+                x, qk, v = self.call(self.between, self.layers[i : i + 2], [out, x, cos, sin])
+        last = slice(None) if all_logits else slice(T - 1, T)
+        return self.call(self.end, [self.layers[-1], self.head], [out[last], x[last]])
+
     def decode(self, tokens: torch.Tensor, cache: KeyValueCache | RoundedCache) -> torch.Tensor:
         """tokens (n,) -> logits (n, V) of the tokens after them; they take the cache's next slot."""
         slot = cache.next_slot()
@@ -903,6 +926,14 @@ class Generator:
         return self.call(self.end, [self.layers[-1], self.head], [out, x])
 
     # ---- answers -----------------------------------------------------------------------------------------
+
+    def ends(self, sampling: Sampling) -> frozenset[int]:
+        """The tokens at which an answer ends with finish reason "eos"."""
+        eos = sampling.eos_token_ids
+        if eos is None:
+            eos = self.config.eos_token_id
+            eos = () if eos is None else (eos,) if isinstance(eos, int) else eos
+        return frozenset(() if sampling.ignore_eos else eos)
 
     def check(self, prompts):
         limit, V = self.config.max_position_embeddings, self.config.vocab_size
@@ -952,11 +983,7 @@ class Generator:
         length."""
         N, device = sampling.num_return_sequences, self.device
         limit = self.config.max_position_embeddings
-        eos = sampling.eos_token_ids
-        if eos is None:
-            eos = self.config.eos_token_id
-            eos = () if eos is None else (eos,) if isinstance(eos, int) else eos
-        eos = frozenset(() if sampling.ignore_eos else eos)
+        eos = self.ends(sampling)
         stop = frozenset(sampling.stop_token_ids)
 
         prompts = [row.prompt for row in rows[::N]]

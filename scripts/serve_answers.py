@@ -1,0 +1,274 @@
+"""From requests to tokens, and from tokens to what is sent: the part of the server between the protocol and
+the worker."""
+
+import asyncio
+import time
+
+from dataset.lm_dataset import DataError, TextEncoder
+from eval_llm import say
+from model.batching import Batch, Request
+from scripts.serve_guides import Guides
+from scripts.serve_protocol import (
+    AnswerParser,
+    ChatRequest,
+    CompletionRequest,
+    ProtocolError,
+    called,
+    error_body,
+    sse,
+)
+from scripts.serve_worker import Overdue
+
+
+class Served:
+    """A model under its name."""
+
+    def __init__(self, name: str, native, args):
+        self.name, self.tokenizer, self.encode, self.is_base = (
+            name,
+            native.tokenizer,
+            native.encode,
+            native.is_base,
+        )
+        engine = native.engine
+        self.vocab_size = engine.config.vocab_size
+        positions = engine.config.max_position_embeddings
+        self.max_len = min(args.max_model_len or positions, positions)
+        self.batch = Batch(
+            engine, args.max_rows, int(args.cache_gb * 2**30), prefix_memory=int(args.prefix_gb * 2**30)
+        )
+        self.created = int(time.time())
+        self.guides = None
+        try:
+            eos = engine.config.eos_token_id
+            self.guides = Guides(self.tokenizer, self.vocab_size, eos if isinstance(eos, int) else eos[0])
+        except ImportError:
+            say("llguidance is not installed: response_format and forced tool calls are refused")
+        self.token_texts = TextEncoder.of(self.tokenizer).token_texts()
+
+    def room(self, prompt: list[int], wanted: int | None, default: int) -> int:
+        """How many tokens the answer may have. Raises ProtocolError when the prompt leaves none."""
+        left = self.max_len - len(prompt)
+        if left < 1:
+            raise ProtocolError(
+                400,
+                f"the prompt has {len(prompt)} tokens; {self.name} takes {self.max_len}, answer included",
+                "messages",
+                "context_length_exceeded",
+            )
+        return min(left, wanted or default)
+
+    def token_entry(self, token: int, logprob: float) -> dict:
+        text = self.token_texts[token]
+        return {"token": text.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(text)}
+
+
+def encode_chat(served: Served, body: ChatRequest, tools, thinking: bool) -> list[int]:
+    try:
+        return served.encode([message.plain() for message in body.messages], thinking, tools)
+    except (DataError, UnicodeError, RecursionError) as error:
+        raise ProtocolError(400, " ".join(str(error).split())[:500], "messages") from None
+
+
+def encode_text(served: Served, prompt: str | list[int]) -> list[int]:
+    """bos and the text, as in pretraining; ids as they are."""
+    if not isinstance(prompt, str):
+        return prompt
+    encoder = TextEncoder.of(served.tokenizer)
+    try:
+        return [encoder.bos, *encoder.plain.encode(prompt, add_special_tokens=False).ids]
+    except UnicodeError:
+        raise ProtocolError(400, "prompt holds half of a surrogate pair", "prompt") from None
+
+
+def guide_of(served: Served, body: ChatRequest, tools, thinking: bool):
+    forced, form = body.forced(), body.response_format
+    wants_json = form is not None and form.type != "text"
+    if not forced and not wants_json:
+        return None
+    if served.guides is None:
+        raise ProtocolError(400, "this server cannot force a form: install llguidance", "response_format")
+    if forced:
+        return served.guides.tool_call(tools, forced, body.parallel_tool_calls is False, thinking)
+    schema = None
+    if form.type == "json_schema":
+        schema = form.json_schema.json_schema if form.json_schema else None
+        if schema is None:
+            raise ProtocolError(400, "response_format: json_schema.schema is missing", "response_format")
+    return served.guides.json(schema, thinking)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Choices
+# --------------------------------------------------------------------------------------------------------
+
+
+class ChatAnswer:
+    """One choice of a chat completion, from tokens to what is sent."""
+
+    def __init__(self, served: Served, body: ChatRequest, thinking: bool):
+        tools = body.offered() is not None
+        self.served, self.wants_logprobs = served, bool(body.logprobs)
+        self.parser = AnswerParser(thinking, tools, single=body.parallel_tool_calls is False)
+        self.tokens = self.reasoning_tokens = self.calls = 0
+        self.finish_reason: str | None = None
+
+    def put(self, new) -> tuple[dict, list[dict]]:
+        """One more token -> (what is new of the message, log-probs)."""
+        self.tokens += 1
+        self.reasoning_tokens += self.parser.state == "reasoning"
+        delta: dict = {}
+        for kind, value in self.parser.put(new.piece, last=new.finish_reason is not None):
+            if kind == "call":
+                delta.setdefault("tool_calls", []).append(called(value, self.calls))
+                self.calls += 1
+            else:
+                name = "reasoning_content" if kind == "reasoning" else "content"
+                delta[name] = delta.get(name, "") + value
+        if new.finish_reason or self.parser.done:
+            ended = {"eos": "stop", "stop": "stop", "length": "length"}[new.finish_reason or "stop"]
+            self.finish_reason = "tool_calls" if self.calls and ended == "stop" else ended
+        return delta, [self.logprob_entry(new)] if self.wants_logprobs else []
+
+    def logprob_entry(self, new) -> dict:
+        top = [self.served.token_entry(*one) for one in new.top or ()]
+        return self.served.token_entry(new.token, new.logprob) | {"top_logprobs": top}
+
+
+async def chat_deltas(stream, answers: list[ChatAnswer]):
+    """(choice, delta, log-probs) as tokens come, those that came together as one; ends the stream when every
+    choice is finished, or nobody listens."""
+    try:
+        async for news in stream:
+            parts: dict[int, tuple[dict, list]] = {}
+            for new in news:
+                answer = answers[new.sample]
+                if answer.finish_reason:
+                    continue  # its one call is made
+                delta, logprobs = parts.setdefault(new.sample, ({}, []))
+                more, entries = answer.put(new)
+                for key, value in more.items():
+                    delta[key] = delta[key] + value if key in delta else value
+                logprobs += entries
+            for index, (delta, logprobs) in parts.items():
+                yield index, delta, logprobs
+            if all(answer.finish_reason for answer in answers):
+                return
+    finally:
+        stream.cancel()
+
+
+class TextAnswer:
+    """One choice of a plain completion."""
+
+    def __init__(self, served: Served, body: CompletionRequest, request: Request, text: str):
+        self.served, self.body, self.request = served, body, request
+        self.echo = text if body.echo else None
+        self.offset = 0
+        self.tokens = 0
+        self.finish_reason: str | None = None
+
+    def put(self, new) -> tuple[str, dict | None]:
+        """One more token -> (text, log-probs), with what is echoed before the first."""
+        text, entries = "", []
+        if self.tokens == 0 and self.echo is not None:
+            text = self.echo
+            prompt = self.request.prompt
+            entries = [(prompt[0], None, None)]
+            entries += [(t, *score) for t, score in zip(prompt[1:], self.request.prompt_scores)]
+        if self.body.max_tokens != 0:
+            self.tokens += 1
+            text += new.piece
+            entries.append((new.token, new.logprob, new.top))
+        if new.finish_reason:
+            self.finish_reason = "length" if new.finish_reason == "length" else "stop"
+        return text, self.logprobs(entries) if self.body.logprobs is not None else None
+
+    def logprobs(self, entries: list) -> dict:
+        found: dict = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token, logprob, top in entries:
+            text = self.served.token_texts[token].decode("utf-8", "replace")
+            found["tokens"].append(text)
+            found["token_logprobs"].append(logprob)
+            likeliest = {
+                self.served.token_texts[t].decode("utf-8", "replace"): p for t, p in reversed(top or ())
+            }
+            found["top_logprobs"].append(likeliest if top else None)
+            found["text_offset"].append(self.offset)
+            self.offset += len(text)
+        return found
+
+
+async def merged(streams: list):
+    """(number of the stream, its news) of several streams, whoever comes first."""
+    queue: asyncio.Queue = asyncio.Queue()
+
+    async def forward(number, stream):
+        try:
+            async for news in stream:
+                queue.put_nowait((number, news, None))
+            queue.put_nowait((number, None, None))
+        except Exception as error:
+            queue.put_nowait((number, None, error))
+
+    tasks = [asyncio.create_task(forward(*one)) for one in enumerate(streams)]
+    try:
+        left = len(streams)
+        while left:
+            number, news, error = await queue.get()
+            if error:
+                raise error
+            if news is None:
+                left -= 1
+            else:
+                yield number, news
+    finally:
+        for task, stream in zip(tasks, streams):
+            task.cancel()
+            stream.cancel()
+
+
+# --------------------------------------------------------------------------------------------------------
+# Server-sent events
+# --------------------------------------------------------------------------------------------------------
+
+
+async def guarded(events):
+    """A stream has begun with status 200: what goes wrong later is an event of its own, and no [DONE]."""
+    try:
+        async for event in events:
+            yield event
+        yield sse("[DONE]")
+    except Overdue as error:
+        yield sse(error_body(504, str(error), None, "timeout"))
+    except Exception:
+        yield sse(error_body(500, "the server failed to answer; its log says why"))
+
+
+async def chat_events(stream, answers: list[ChatAnswer], head: dict, body: ChatRequest, usage):
+    extra = {"usage": None} if body.include_usage else {}
+
+    def chunk(index, delta, logprobs=None, finish_reason=None):
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return sse(head | {"choices": [choice]} | extra)
+
+    for index in range(len(answers)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    async for index, delta, entries in chat_deltas(stream, answers):
+        logprobs = {"content": entries} if entries else None
+        if delta or logprobs:
+            yield chunk(index, delta, logprobs)
+        if answers[index].finish_reason:
+            yield chunk(index, {}, None, answers[index].finish_reason)
+    if body.include_usage:
+        yield sse(head | {"choices": [], "usage": usage()})
+
+
+async def text_events(pieces, head: dict, body: CompletionRequest, usage):
+    extra = {"usage": None} if body.include_usage else {}
+    async for index, text, logprobs, finish_reason in pieces:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        if text or logprobs or finish_reason:
+            yield sse(head | {"choices": [choice]} | extra)
+    if body.include_usage:
+        yield sse(head | {"choices": [], "usage": usage()})

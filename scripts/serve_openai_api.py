@@ -1,0 +1,500 @@
+"""Serve models over OpenAI's interface: for openai's SDKs, LangChain, Open WebUI, FastGPT, Dify, curl.
+
+    python scripts/serve_openai_api.py                            # the newest out/full_sft_*.pth
+    python scripts/serve_openai_api.py --weight full_sft,dpo,agent
+    python scripts/serve_openai_api.py --lora_weight lora_identity,lora_medical --host 0.0.0.0 --api_key KEY
+
+    curl http://127.0.0.1:8998/v1/chat/completions -H "Content-Type: application/json" \\
+         -d '{"model": "full_sft", "messages": [{"role": "user", "content": "你好"}], "stream": true}'
+
+    POST /v1/chat/completions, /v1/completions      GET /v1/models, /health, /metrics (Prometheus), /docs
+
+Every model that is served has a name: that of its weights, or weights:adapter. Requests without a model, or
+with "minimind", get the first one. Requests of many clients run as one batch, and clients take turns. A
+setting that would change the answer is honoured or refused, never ignored.
+"""
+
+import argparse
+import asyncio
+import hmac
+import os
+import sys
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
+
+from fastapi import Depends, FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+import eval_llm
+from model.batching import Request
+from scripts import serve_protocol as protocol
+from scripts.serve_answers import (
+    ChatAnswer,
+    Served,
+    TextAnswer,
+    chat_deltas,
+    chat_events,
+    encode_chat,
+    encode_text,
+    guarded,
+    guide_of,
+    merged,
+    text_events,
+)
+from scripts.serve_protocol import ChatRequest, CompletionRequest, ProtocolError, error_body, new_id, usage_of
+from scripts.serve_worker import Overdue, Refused, Worker
+from trainer import cli
+
+ALIAS = "minimind"
+
+
+def parse_args(argv=None):
+    parser = eval_llm.Parser(
+        description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False, usage="%(prog)s [flags]"
+    )
+    eval_llm.add_model_flags(parser, many=True)
+    g = parser.add_argument_group("address")
+    g.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 = reachable from other machines: set --api_key"
+    )
+    g.add_argument("--port", type=cli.count, default=8998, metavar="N", help="0 = any free one, printed")
+    g.add_argument(
+        "--api_key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="only requests with this key are answered; may be given several times. Also: the environment "
+        "variable MINIMIND_API_KEY, several separated by commas",
+    )
+    g.add_argument(
+        "--cors_origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages of this address may ask, such as http://localhost:3000; * = all; without it none",
+    )
+    g = parser.add_argument_group("limits")
+    g.add_argument(
+        "--max_rows", type=cli.positive_int, default=32, metavar="N", help="answers written at once"
+    )
+    g.add_argument(
+        "--max_waiting",
+        type=cli.count,
+        default=256,
+        metavar="N",
+        help="requests that may wait; more get status 429",
+    )
+    g.add_argument(
+        "--max_tokens",
+        type=cli.positive_int,
+        default=2048,
+        metavar="N",
+        help="longest answer where the request gives none, in tokens",
+    )
+    g.add_argument(
+        "--max_model_len",
+        type=cli.positive_int,
+        metavar="N",
+        help="prompt and answer together, in tokens; without it the positions that the model has",
+    )
+    g.add_argument(
+        "--cache_gb", type=cli.positive_float, default=1.0, metavar="GB", help="memory for keys and values"
+    )
+    g.add_argument(
+        "--prefix_gb",
+        type=cli.non_negative_float,
+        default=0.25,
+        metavar="GB",
+        help="memory for those of finished chats: the next turn is read from where the last one ended",
+    )
+    g.add_argument(
+        "--timeout", type=cli.positive_float, default=600.0, metavar="S", help="seconds a request may take"
+    )
+    g.add_argument(
+        "--max_body_mb", type=cli.positive_float, default=4.0, metavar="MB", help="largest request"
+    )
+    g.add_argument(
+        "--shutdown_seconds",
+        type=cli.count,
+        default=30,
+        metavar="S",
+        help="after Ctrl-C or SIGTERM running answers may go on for so long",
+    )
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Models
+# ------------------------------------------------------------------------------------------------------------
+
+
+def load_models(args) -> dict[str, "Served"]:
+    """Every combination of weights and adapters that the flags name, by name."""
+    models = {}
+    adapters = [a for a in args.lora_weight.split(",") if a not in ("None", "none", "")]
+    for weight in args.weight.split(","):
+        for adapter in ("None", *adapters):
+            wanted = argparse.Namespace(**vars(args) | {"weight": weight, "lora_weight": adapter})
+            native = eval_llm.load(wanted)
+            if not isinstance(native, eval_llm.Native):
+                raise ProtocolError(
+                    400, "a transformers folder cannot be served; convert it to weights of this project"
+                )
+            name = Path(weight).stem + ("" if adapter == "None" else f":{adapter}")
+            models[name] = Served(name, native, args)
+    return models
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The interface
+# ------------------------------------------------------------------------------------------------------------
+
+
+def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
+    keys = [*args.api_key, *filter(None, os.environ.get("MINIMIND_API_KEY", "").split(","))]
+    errors = {
+        status: {"model": protocol.ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503, 504)
+    }
+
+    @asynccontextmanager
+    async def lifespan(app):
+        worker.start()
+        yield
+        await asyncio.to_thread(worker.stop)
+
+    app = FastAPI(title="MiniMind", description=__doc__, lifespan=lifespan, responses=errors)
+
+    def check_key(http: HttpRequest):
+        given = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if keys and not any(hmac.compare_digest(given, key.encode()) for key in keys):
+            raise ProtocolError(
+                401, "this server wants an API key, and this is none of its keys", None, "invalid_api_key"
+            )
+
+    def find(name: str | None) -> Served:
+        if name in (None, "", ALIAS):
+            return next(iter(models.values()))
+        if name not in models:
+            known = ", ".join(models)
+            raise ProtocolError(
+                404, f"there is no model {name[:80]!r} here; there is {known}", "model", "model_not_found"
+            )
+        return models[name]
+
+    def submit(served: Served, request: Request, http: HttpRequest):
+        client = http.headers.get("authorization") or (http.client.host if http.client else "")
+        try:
+            return worker.submit(served.name, request, client)
+        except Refused:
+            raise ProtocolError(
+                429, "too many requests wait already: try again later", None, "queue_full"
+            ) from None
+        except ValueError as error:
+            raise ProtocolError(400, str(error)) from None
+
+    # ---- chat ----------------------------------------------------------------------------------------------
+
+    @app.post(
+        "/v1/chat/completions", dependencies=[Depends(check_key)], response_model=protocol.ChatCompletion
+    )
+    async def chat(body: ChatRequest, http: HttpRequest):
+        served, thinking = find(body.model), body.thinking()
+        if served.is_base:
+            raise ProtocolError(
+                400, f"{served.name} continues text and does not chat: use /v1/completions", "model"
+            )
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ProtocolError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        tools = body.offered()
+        prompt = await asyncio.to_thread(encode_chat, served, body, tools, thinking)
+        request = Request(
+            prompt,
+            body.sampling(served.room(prompt, body.limit(), args.max_tokens)),
+            served.tokenizer,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            logit_bias=body.biases(served.vocab_size),
+            top_logprobs=body.top_logprobs or 0,
+            guide=guide_of(served, body, tools, thinking),
+            reuse=body.seed is None,
+        )
+        stream = submit(served, request, http)
+        answers = [ChatAnswer(served, body, thinking) for _ in range(request.sampling.num_return_sequences)]
+        head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": served.name}
+
+        def usage():
+            completion, reasoning = (
+                sum(getattr(a, n) for a in answers) for n in ("tokens", "reasoning_tokens")
+            )
+            return usage_of(len(prompt), completion, request.reused_tokens, reasoning)
+
+        if body.stream:
+            events = chat_events(stream, answers, head | {"object": "chat.completion.chunk"}, body, usage)
+            return event_stream(events)
+        messages = [{"role": "assistant", "content": None} for _ in answers]
+        logprobs: list[list] = [[] for _ in answers]
+        async with watched(http, stream):
+            async for index, delta, entries in chat_deltas(stream, answers):
+                for key, value in delta.items():
+                    known = messages[index].get(key)
+                    messages[index][key] = value if known is None else known + value
+                logprobs[index] += entries
+        choices = []
+        for index, (answer, message) in enumerate(zip(answers, messages)):
+            for call in message.get("tool_calls", ()):
+                del call["index"]
+            if message["content"] is None and "tool_calls" not in message:
+                message["content"] = ""
+            found = {"content": logprobs[index]} if body.logprobs else None
+            choices.append(
+                {"index": index, "message": message, "logprobs": found, "finish_reason": answer.finish_reason}
+            )
+        return JSONResponse(head | {"object": "chat.completion", "choices": choices, "usage": usage()})
+
+    # ---- plain text ----------------------------------------------------------------------------------------
+
+    @app.post("/v1/completions", dependencies=[Depends(check_key)], response_model=protocol.Completion)
+    async def complete(body: CompletionRequest, http: HttpRequest):
+        served = find(body.model)
+        if body.suffix:
+            raise ProtocolError(400, "suffix: this model cannot fill in, only continue", "suffix")
+        if body.best_of not in (None, body.n or 1):
+            raise ProtocolError(400, "best_of other than n is not offered", "best_of")
+        prompts = body.prompts()
+        if len(prompts) > args.max_waiting:
+            raise ProtocolError(400, f"more than {args.max_waiting} prompts in one request", "prompt")
+        n, requests, answers = body.n or 1, [], []
+        for text in prompts:
+            prompt = await asyncio.to_thread(encode_text, served, text)
+            requests.append(
+                Request(
+                    prompt,
+                    body.sampling(
+                        served.room(prompt, body.limit() or 1, 1)
+                        if body.max_tokens == 0
+                        else served.room(prompt, body.limit(), 16)
+                    ),
+                    served.tokenizer,
+                    frequency_penalty=body.frequency_penalty or 0.0,
+                    presence_penalty=body.presence_penalty or 0.0,
+                    logit_bias=body.biases(served.vocab_size),
+                    top_logprobs=body.logprobs or 0,
+                    score_prompt=bool(body.echo) and body.logprobs is not None,
+                    reuse=body.seed is None,
+                )
+            )
+            text = text if isinstance(text, str) else served.tokenizer.decode(prompt)
+            answers += [TextAnswer(served, body, requests[-1], text) for _ in range(n)]
+        streams = []
+        try:
+            for request in requests:
+                streams.append(submit(served, request, http))
+        except ProtocolError:
+            for stream in streams:
+                stream.cancel()
+            raise
+        head = {
+            "id": new_id("cmpl"),
+            "created": int(time.time()),
+            "model": served.name,
+            "object": "text_completion",
+        }
+
+        def usage():
+            prompt = sum(len(request.prompt) for request in requests)
+            cached = sum(request.reused_tokens for request in requests)
+            return usage_of(prompt, sum(answer.tokens for answer in answers), cached)
+
+        async def pieces():
+            async for number, news in merged(streams):
+                for new in news:
+                    index = number * n + new.sample
+                    yield index, *answers[index].put(new), answers[index].finish_reason
+
+        if body.stream:
+            return event_stream(text_events(pieces(), head, body, usage))
+        choices = [
+            {"index": i, "text": "", "logprobs": None, "finish_reason": None} for i in range(len(answers))
+        ]
+        async with watched(http, *streams):
+            async for index, text, logprobs, finish_reason in pieces():
+                choice = choices[index]
+                choice["text"] += text
+                choice["finish_reason"] = finish_reason
+                if logprobs and choice["logprobs"]:
+                    for key, values in logprobs.items():
+                        choice["logprobs"][key] += values
+                elif logprobs:
+                    choice["logprobs"] = logprobs
+        return JSONResponse(head | {"choices": choices, "usage": usage()})
+
+    # ---- about ---------------------------------------------------------------------------------------------
+
+    def card(served: Served) -> dict:
+        return protocol.Model(
+            id=served.name, created=served.created, max_model_len=served.max_len
+        ).model_dump()
+
+    @app.get("/v1/models", dependencies=[Depends(check_key)], response_model=protocol.ModelList)
+    async def list_models():
+        return {"object": "list", "data": [card(served) for served in models.values()]}
+
+    @app.get("/v1/models/{name}", dependencies=[Depends(check_key)], response_model=protocol.Model)
+    async def one_model(name: str):
+        return card(find(name))
+
+    @app.get("/health")
+    async def health():
+        if not worker.thread.is_alive():
+            raise ProtocolError(503, "the thread that computes has ended")
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics():
+        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+        return Response(generate_latest(worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    # ---- what goes wrong -----------------------------------------------------------------------------------
+
+    @app.exception_handler(ProtocolError)
+    async def refused(_, error: ProtocolError):
+        return JSONResponse(error.body(), error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_, error: RequestValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        what = "unknown field" if first["type"] == "extra_forbidden" else first["msg"]
+        text = f"{where}: {what}" if where else what
+        return JSONResponse(
+            error_body(400, text.encode("utf-8", "replace").decode()[:500], where[:100] or None), 400
+        )
+
+    @app.exception_handler(HTTPException)
+    async def http_error(http: HttpRequest, error: HTTPException):
+        text = f"{http.method} {http.url.path[:100]}: {error.detail}"
+        return JSONResponse(error_body(error.status_code, text), error.status_code, error.headers)
+
+    @app.exception_handler(Overdue)
+    async def overdue(_, error):
+        return JSONResponse(error_body(504, str(error), None, "timeout"), 504)
+
+    @app.exception_handler(Exception)
+    async def failed(_, error):
+        return JSONResponse(error_body(500, "the server failed to answer; its log says why"), 500)
+
+    if args.cors_origin:
+        from fastapi.middleware.cors import CORSMiddleware
+
+        app.add_middleware(
+            CORSMiddleware, allow_origins=args.cors_origin, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(BodyLimit, limit=int(args.max_body_mb * 2**20))
+    return app
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Connections
+# ------------------------------------------------------------------------------------------------------------
+
+
+def event_stream(events) -> StreamingResponse:
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(guarded(events), media_type="text/event-stream", headers=headers)
+
+
+@asynccontextmanager
+async def watched(http: HttpRequest, *streams):
+    """While somebody waits for a whole answer: when they hang up, the answer is given up."""
+
+    async def watch():
+        while not await http.is_disconnected():
+            await asyncio.sleep(0.25)
+        for stream in streams:
+            stream.cancel()
+            stream.deliver([], True, Overdue("the client hung up"))
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+class BodyLimit:
+    """Refuses larger requests before they are in memory (ASGI middleware)."""
+
+    def __init__(self, app, limit: int):
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self.limit:
+            return await self.refuse(scope, receive, send)
+        seen, answered = 0, False
+
+        async def counted():
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.limit:
+                raise TooLarge
+            return message
+
+        async def noted(message):
+            nonlocal answered
+            if seen <= self.limit:  # else the app answers that it could not read the body: we know better
+                answered = True
+                await send(message)
+
+        try:
+            await self.app(scope, counted, noted)
+        except TooLarge:
+            pass
+        if seen > self.limit and not answered:
+            await self.refuse(scope, receive, send)
+
+    async def refuse(self, scope, receive, send):
+        text = f"the request is larger than {self.limit / 2**20:g} MB"
+        await JSONResponse(error_body(413, text, None, "request_too_large"), 413)(scope, receive, send)
+
+
+class TooLarge(Exception):
+    pass
+
+
+def main(args):
+    import uvicorn
+
+    if args.load_from == ROOT / "model" and not (args.load_from / "tokenizer.json").exists():
+        raise SystemExit("model/tokenizer.json is missing")
+    models = load_models(args)
+    worker = Worker({name: served.batch for name, served in models.items()}, args.max_waiting, args.timeout)
+    app = create_app(models, worker, args)
+    shown = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
+    keys = args.api_key or os.environ.get("MINIMIND_API_KEY")
+    if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
+        eval_llm.say(f"warning: anybody who reaches {args.host} can use this server: set --api_key")
+    eval_llm.say(f"serving {', '.join(models)} at http://{shown}:{args.port}/v1")
+    uvicorn.run(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        timeout_graceful_shutdown=args.shutdown_seconds,
+        access_log=False,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args)

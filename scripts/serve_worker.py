@@ -1,0 +1,231 @@
+"""The thread that computes: it steps the running batches and hands tokens to the requests that wait for them.
+
+    worker = Worker({"full_sft": batch}, max_waiting=256, timeout=600)
+    worker.start()
+    stream = worker.submit("full_sft", request, client="10.0.0.7")      # in an event loop
+    async for new in stream: ...                                        # News, one per token
+
+Clients take turns: of those that wait, the one that was served longest ago comes next, however many requests
+another one has sent.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from model.batching import Batch, News, Request
+
+log = logging.getLogger("minimind")
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Refused(Exception):
+    """There is no room for another request now."""
+
+
+class Overdue(Exception):
+    """The time for a request is over."""
+
+
+class Metrics:
+    """What /metrics shows (Prometheus)."""
+
+    def __init__(self):
+        self.registry = registry = CollectorRegistry()
+        by_model = {"labelnames": ["model"], "registry": registry}
+        self.requests = Counter(
+            "minimind_requests", "requests by how they ended", ["model", "ended"], registry=registry
+        )
+        self.prompt_tokens = Counter("minimind_prompt_tokens", "tokens of prompts", **by_model)
+        self.cached_tokens = Counter(
+            "minimind_cached_tokens", "of these, tokens that did not have to be read again", **by_model
+        )
+        self.tokens = Counter("minimind_generated_tokens", "tokens of answers", **by_model)
+        self.running = Gauge("minimind_rows_running", "answers that are being written", **by_model)
+        self.waiting = Gauge("minimind_requests_waiting", "requests that wait for a place", **by_model)
+        self.first = Histogram(
+            "minimind_first_token_seconds", "from request to first token", buckets=SECONDS, **by_model
+        )
+        self.whole = Histogram(
+            "minimind_request_seconds", "from request to last token", buckets=SECONDS, **by_model
+        )
+
+
+class Stream:
+    """The tokens of one request, as they come: `async for news in stream` gives lists of News."""
+
+    def __init__(self, worker: "Worker", model: str, request: Request, client: str, seconds: float):
+        self.worker, self.model, self.request, self.client = worker, model, request, client
+        self.loop, self.arrived = asyncio.get_running_loop(), asyncio.Event()
+        self.news: list[News] = []
+        self.error: Exception | None = None
+        self.closed = False
+        self.begin = time.monotonic()
+        self.deadline = self.begin + seconds
+        self.left = request.sampling.num_return_sequences  # answers that are not finished
+        self.has_begun = False
+
+    def deliver(self, news: list[News], closed: bool = False, error: Exception | None = None):
+        """In the event loop."""
+        self.news += news
+        self.closed, self.error = self.closed or closed, self.error or error
+        self.arrived.set()
+
+    def __aiter__(self) -> AsyncIterator[list[News]]:
+        return self
+
+    async def __anext__(self) -> list[News]:
+        """Raises what the worker ran into, after the tokens before it."""
+        await self.arrived.wait()
+        news, self.news = self.news, []
+        if news:
+            if not self.closed:
+                self.arrived.clear()
+            return news
+        if self.error:
+            raise self.error
+        raise StopAsyncIteration
+
+    def cancel(self):
+        """Nobody listens any more: its place becomes free with the next step."""
+        if not self.closed:
+            self.request.cancelled = True
+            self.worker.nudge()
+
+
+class Worker:
+    """
+    Args:
+        batches: by name of the model.
+        max_waiting: requests that may wait; one more is refused.
+        timeout: seconds a request may take, waiting included.
+    """
+
+    def __init__(self, batches: dict[str, Batch], max_waiting: int = 256, timeout: float = 600):
+        self.batches, self.max_waiting, self.timeout = batches, max_waiting, timeout
+        self.metrics = Metrics()
+        self.inbox: deque[Stream] = deque()
+        self.queues: dict[str, OrderedDict[str, deque[Stream]]] = {name: OrderedDict() for name in batches}
+        self.in_line = {name: 0 for name in batches}  # how many of them wait
+        self.streams: dict[Request, Stream] = {}  # given to a batch, or waiting
+        self.change, self.stopping = threading.Condition(), False
+        self.threads = torch.get_num_threads()
+        self.thread = threading.Thread(target=self.run, name="worker", daemon=True)
+
+    # ---- from the event loop ------------------------------------------------------------------------------
+
+    def start(self):
+        self.thread.start()
+
+    def stop(self):
+        self.stopping = True
+        self.nudge()
+        self.thread.join()
+
+    def nudge(self):
+        with self.change:
+            self.change.notify()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.inbox) + sum(self.in_line.values())
+
+    def submit(self, model: str, request: Request, client: str) -> Stream:
+        """Raises Refused when too many wait, ValueError when it could never be answered."""
+        self.batches[model].check(request)
+        if self.num_waiting >= self.max_waiting:
+            raise Refused
+        stream = Stream(self, model, request, client, self.timeout)
+        self.inbox.append(stream)
+        self.nudge()
+        return stream
+
+    # ---- in the worker's thread ---------------------------------------------------------------------------
+
+    def run(self):
+        torch.set_num_threads(self.threads)  # a thread starts with torch's own choice
+        while not self.stopping:
+            with self.change:
+                while not (self.stopping or self.inbox or self.streams):
+                    self.change.wait()
+            self.sort_inbox()
+            self.end_overdue()
+            for name, batch in self.batches.items():
+                self.feed(name, batch)
+                if batch.busy:
+                    self.step(name, batch)
+                self.metrics.running.labels(name).set(len(batch.rows))
+                self.in_line[name] = sum(map(len, self.queues[name].values())) + len(batch.waiting)
+                self.metrics.waiting.labels(name).set(self.in_line[name])
+
+    def sort_inbox(self):
+        while self.inbox:
+            stream = self.inbox.popleft()
+            self.streams[stream.request] = stream
+            self.queues[stream.model].setdefault(stream.client, deque()).append(stream)
+
+    def end_overdue(self):
+        now = time.monotonic()
+        for stream in list(self.streams.values()):
+            if stream.request.cancelled:
+                self.end(stream, "cancelled", None)
+            elif now > stream.deadline:
+                stream.request.cancelled = True
+                self.end(stream, "timeout", Overdue(f"no complete answer within {self.timeout:g} seconds"))
+
+    def feed(self, name: str, batch: Batch):
+        """The next request in turn, when the one before has found its place."""
+        queues = self.queues[name]
+        while queues and not batch.waiting:
+            client, queue = queues.popitem(last=False)
+            stream = queue.popleft()
+            if queue:
+                queues[client] = queue  # to the end of the line
+            if not stream.request.cancelled:
+                batch.add(stream.request)
+
+    def step(self, name: str, batch: Batch):
+        try:
+            news = batch.step()
+        except Exception as error:  # out of memory, say: its requests end, the server goes on
+            log.exception("a step of %s failed", name)
+            batch.reset()
+            for stream in [s for s in self.streams.values() if s.model == name]:
+                if stream not in self.queues[name].get(stream.client, ()):
+                    self.end(stream, "error", error)
+            return
+        by_stream: dict[Stream, list[News]] = {}
+        for new in news:
+            by_stream.setdefault(self.streams[new.request], []).append(new)
+        self.metrics.tokens.labels(name).inc(len(news))
+        now = time.monotonic()
+        for stream, part in by_stream.items():
+            if not stream.has_begun:
+                stream.has_begun = True
+                self.metrics.first.labels(name).observe(now - stream.begin)
+                self.metrics.prompt_tokens.labels(name).inc(len(stream.request.prompt))
+                self.metrics.cached_tokens.labels(name).inc(stream.request.reused_tokens)
+            stream.left -= sum(new.finish_reason is not None for new in part)
+            if stream.left:
+                self.hand_over(stream, part)
+            else:
+                self.end(stream, "done", None, part)
+
+    def end(self, stream: Stream, how: str, error: Exception | None, news: list[News] = ()):
+        self.streams.pop(stream.request, None)
+        self.metrics.requests.labels(stream.model, how).inc()
+        self.metrics.whole.labels(stream.model).observe(time.monotonic() - stream.begin)
+        self.hand_over(stream, list(news), True, error)
+
+    def hand_over(self, stream: Stream, *what):
+        try:
+            stream.loop.call_soon_threadsafe(stream.deliver, *what)
+        except RuntimeError:  # the loop was closed: nobody is there
+            stream.request.cancelled = True

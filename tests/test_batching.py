@@ -1,0 +1,250 @@
+"""Continuous batching: whoever comes and goes beside it, a request gets the answer it would get alone."""
+
+import random
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from model.batching import SHORTEST_PREFIX, Batch, Request
+from model.generation import Generator, Sampling
+from model.model_minimind import MiniMindConfig, MiniMindLM
+
+V = 200
+
+
+def make_model(**changes):
+    torch.manual_seed(0)
+    shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = MiniMindLM(MiniMindConfig(**shape | {"vocab_size": V} | changes)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Generator(make_model(qk_norm=True), dtype="float32")
+
+
+def prompt_of(rng, length):
+    return [rng.randrange(3, V) for _ in range(length)]
+
+
+def run(batch, requests=(), rng=None):
+    """All tokens, as (request, sample) -> [News]; with an `rng` the requests come in one by one."""
+    waiting, found = list(requests), {}
+    while waiting or batch.busy:
+        while waiting and (rng is None or rng.random() < 0.3):
+            batch.add(waiting.pop(0))
+        for new in batch.step():
+            found.setdefault((new.request, new.sample), []).append(new)
+    return found
+
+
+def ids_of(news):
+    return [new.token for new in news]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"qk_norm": True}, {"use_moe": True, "num_experts": 4}, {"dropout": 0.1}]
+)
+def test_equals_generate_whoever_runs_beside_it(changes):
+    engine, rng = Generator(make_model(**changes), dtype="float32"), random.Random(1)
+    requests = []
+    for i in range(30):
+        settings = dict(
+            max_new_tokens=rng.randint(1, 60),
+            temperature=rng.choice([0, 1, 0.7]),
+            top_p=rng.choice([1, 0.9]),
+            top_k=rng.choice([0, 0, 20]),
+            min_p=rng.choice([0, 0.02]),
+            repetition_penalty=rng.choice([1, 1.2]),
+            num_return_sequences=rng.choice([1, 1, 3]),
+            stop_token_ids=(rng.randrange(V),),
+        )
+        sampling = Sampling(**settings, seed=i)
+        requests.append(Request(prompt_of(rng, rng.randint(1, 120)), sampling, reuse=False))
+    batch = Batch(engine, max_rows=8, prefill_tokens=32)
+    most, step = [0], batch.step
+    batch.step = lambda: (most.append(len(batch.rows)), step())[1]
+    found = run(batch, requests, rng)
+    assert max(most) == 8  # it was full at times
+    for request in requests:
+        expected = engine.generate([request.prompt], **asdict(request.sampling))
+        for sample, answer in enumerate(expected):
+            news = found[request, sample]
+            assert ids_of(news) == answer.ids and news[-1].finish_reason == answer.finish_reason
+            assert [n.logprob for n in news] == pytest.approx(answer.logprobs.tolist(), abs=1e-4)
+
+
+def test_half_precision_keeps_to_the_model(monkeypatch):
+    """bfloat16 has other kernels for few and for many rows; their scores are those of one forward pass."""
+    monkeypatch.setattr("model.batching.prefers_bfloat16", lambda device: True)
+    model, rng = make_model(), random.Random(2)
+    batch = Batch(Generator(model, dtype="bfloat16"), max_rows=6)
+    sampling = Sampling(max_new_tokens=40, ignore_eos=True)
+    requests = [Request(prompt_of(rng, rng.randint(1, 90)), sampling) for _ in range(12)]
+    for (request, _), news in run(batch, requests, rng).items():
+        ids = request.prompt + ids_of(news)
+        logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        expected = [logprobs[len(request.prompt) - 1 + i, new.token].item() for i, new in enumerate(news)]
+        assert [new.logprob for new in news] == pytest.approx(expected, abs=0.35)
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(engine):
+    rng = random.Random(3)
+    batch = Batch(engine, prefill_tokens=16)
+    first = Request(prompt_of(rng, 8), Sampling(max_new_tokens=30, temperature=0, ignore_eos=True))
+    batch.add(first)
+    batch.step()
+    batch.add(Request(prompt_of(rng, 160), Sampling(max_new_tokens=1)))
+    for _ in range(9):  # of 10 pieces
+        (new,) = batch.step()
+        assert new.request is first
+
+
+def test_a_conversation_is_read_from_where_it_ended(engine):
+    rng = random.Random(4)
+    batch = Batch(engine)
+    sampling = Sampling(max_new_tokens=12, temperature=0, ignore_eos=True)
+    first = Request(prompt_of(rng, 40), sampling)
+    (answer,) = run(batch, [first]).values()
+    again = first.prompt + ids_of(answer) + prompt_of(rng, 5)
+    second, alone = Request(again, sampling), Request(again, sampling, reuse=False)
+    (found,), (expected,) = run(batch, [second]).values(), run(batch, [alone]).values()
+    assert ids_of(found) == ids_of(expected)
+    assert second.reused_tokens == 40 + 11 and alone.reused_tokens == 0  # the last token was never fed
+    other = Request(first.prompt[: SHORTEST_PREFIX + 3] + [5, 6, 7], sampling)
+    (found,) = run(batch, [other]).values()
+    assert other.reused_tokens == SHORTEST_PREFIX + 3
+    assert ids_of(found) == engine.generate([other.prompt], **asdict(sampling))[0].ids
+
+
+def test_known_conversations_stay_within_their_memory(engine):
+    rng = random.Random(5)
+    per_token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head size, float32
+    batch = Batch(engine, prefix_memory=100 * per_token)
+    prompts = [prompt_of(rng, 40) for _ in range(4)]
+    for prompt in prompts:
+        run(batch, [Request(prompt, Sampling(max_new_tokens=2, ignore_eos=True))])
+        assert batch.prefixes.bytes <= 100 * per_token
+    newest, oldest = (Request(prompts[i], Sampling(max_new_tokens=1)) for i in (3, 0))
+    run(batch, [newest, oldest])
+    assert newest.reused_tokens == 39 and oldest.reused_tokens == 0
+
+
+def test_keys_and_values_of_running_rows_stay_within_their_memory(engine):
+    rng = random.Random(6)
+    per_token = 2 * 2 * 2 * 16 * 4
+    batch = Batch(engine, memory=300 * per_token, prefix_memory=0)
+    sampling = Sampling(max_new_tokens=50, ignore_eos=True)
+    for _ in range(6):
+        batch.add(Request(prompt_of(rng, 50), sampling))
+    most = 0
+    while batch.busy:
+        batch.step()
+        most = max(most, len(batch.rows))
+        assert len(batch.rows) * 100 <= 300
+    assert most == 3
+    with pytest.raises(ValueError, match="more memory than there is"):
+        batch.add(Request(prompt_of(rng, 50), Sampling(max_new_tokens=251)))
+    with pytest.raises(ValueError, match="40 answers at once"):
+        batch.add(Request([5], Sampling(num_return_sequences=40)))
+
+
+def test_a_cancelled_request_leaves_wherever_it_is(engine):
+    rng = random.Random(7)
+    batch = Batch(engine, max_rows=1, prefill_tokens=4)
+    endless = Sampling(max_new_tokens=10_000, ignore_eos=True)
+    running, waiting, third = (Request(prompt_of(rng, 4), endless) for _ in range(3))
+    for request in (running, waiting, third):
+        batch.add(request)
+    batch.step()
+    assert [row.request for row in batch.rows] == [running]
+    running.cancelled = waiting.cancelled = True
+    (new,) = batch.step()
+    assert new.request is third
+    third.cancelled = True
+    assert batch.step() == [] and not batch.busy
+    long = Request(prompt_of(rng, 3000), endless)
+    batch.add(long)
+    batch.step()
+    assert batch.reading
+    long.cancelled = True
+    batch.step()
+    assert not batch.busy
+
+
+def test_penalties_are_those_of_openai(engine):
+    """Greedy answers of a plain loop over the model, mu_j - c_j freq - (c_j > 0) pres, are the same."""
+    rng = random.Random(8)
+    for frequency, presence in ((1.5, 0), (0, 1.5), (0.7, -0.5)):
+        request = Request(
+            prompt_of(rng, 10),
+            Sampling(max_new_tokens=25, temperature=0, ignore_eos=True),
+            frequency_penalty=frequency,
+            presence_penalty=presence,
+            logit_bias={7: 2.0, 9: -100.0},
+        )
+        (news,) = run(Batch(engine), [request]).values()
+        ids = []
+        for _ in range(25):
+            logits = engine.model(torch.tensor([request.prompt + ids])).logits[0, -1].float()
+            for token in set(ids):
+                logits[token] -= ids.count(token) * frequency + presence
+            logits[7] += 2
+            logits[9] -= 100
+            ids.append(int(logits.argmax()))
+        assert ids_of(news) == ids
+
+
+def test_scores_of_the_prompt_and_the_likeliest_tokens(engine):
+    rng = random.Random(9)
+    sampling = Sampling(max_new_tokens=3, temperature=0.5, seed=1)
+    request = Request(prompt_of(rng, 50), sampling, top_logprobs=4, score_prompt=True)
+    batch = Batch(engine, prefill_tokens=16)
+    batch.engine.prefill_tokens, before = 16, batch.engine.prefill_tokens
+    (news,) = run(batch, [request]).values()
+    batch.engine.prefill_tokens = before
+    ids = request.prompt + ids_of(news)
+    logprobs = engine.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    scores = request.prompt_scores + [(None, new.top) for new in news]
+    assert len(scores) == len(ids) - 1
+    for i, (score, top) in enumerate(scores):
+        values, tokens = logprobs[i].topk(4)
+        assert [token for token, _ in top] == tokens.tolist()
+        assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-4)
+        if score is not None:
+            assert score == pytest.approx(logprobs[i, ids[i + 1]].item(), abs=1e-4)
+
+
+class OnlyEven:
+    def __init__(self):
+        self.taken = []
+
+    def allowed(self):
+        return torch.arange(V) % 2 == 0
+
+    def take(self, token):
+        self.taken.append(token)
+
+
+def test_a_guide_decides_what_may_come(engine):
+    guided = Request([5, 6, 7], Sampling(max_new_tokens=40, seed=1, ignore_eos=True), guide=OnlyEven)
+    free = Request([5, 6, 7], Sampling(max_new_tokens=40, seed=1, ignore_eos=True))
+    found = run(Batch(engine), [guided, free])
+    assert all(token % 2 == 0 for token in ids_of(found[guided, 0]))
+    assert any(token % 2 for token in ids_of(found[free, 0]))
+
+
+def test_reset_forgets_everything(engine):
+    batch = Batch(engine)
+    batch.add(Request([5, 6, 7], Sampling(max_new_tokens=40)))
+    batch.step()
+    batch.reset()
+    assert not batch.busy and batch.step() == []
+    request = Request([5, 6, 7], Sampling(max_new_tokens=4, temperature=0, ignore_eos=True))
+    (news,) = run(batch, [request]).values()
+    assert ids_of(news) == engine.generate([[5, 6, 7]], **asdict(request.sampling))[0].ids

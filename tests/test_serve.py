@@ -1,0 +1,369 @@
+"""The server as clients see it: openai's SDK, and raw requests for what no SDK would send."""
+
+import json
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+from serve_helpers import LiveServer, wait_for
+
+THINK_END, IM_END = 26, 2
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]},
+        },
+    }
+    for name in ("first", "second")
+]
+
+
+@pytest.fixture(scope="module")
+def server():
+    with LiveServer() as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def ask(client, content="How are you?", stream=False, **settings):
+    messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
+    settings = {"model": "chat", "max_tokens": 24} | settings
+    return client.chat.completions.create(messages=messages, stream=stream, **settings)
+
+
+def gather(chunks):
+    """What a client makes of a stream: [message of each choice], usage."""
+    found, usage = {}, None
+    for chunk in chunks:
+        assert chunk.id.startswith("chatcmpl-") and chunk.object == "chat.completion.chunk"
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            known = found.setdefault(
+                choice.index, {"content": "", "reasoning": "", "calls": [], "logprobs": []}
+            )
+            delta = choice.delta
+            assert "finish_reason" not in known, "a chunk after the last"
+            known["content"] += delta.content or ""
+            known["reasoning"] += getattr(delta, "reasoning_content", None) or ""
+            for call in delta.tool_calls or ():
+                assert call.index == len(known["calls"])
+                known["calls"].append((call.id, call.function.name, call.function.arguments))
+            known["logprobs"] += choice.logprobs.content if choice.logprobs else []
+            if choice.finish_reason:
+                known["finish_reason"] = choice.finish_reason
+    return [found[i] for i in sorted(found)], usage
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["chat", "text"]
+    assert client.models.retrieve("chat").id == "chat"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4'"):
+        client.models.retrieve("gpt-4")
+
+
+def test_streamed_and_whole_answers_are_the_same(client):
+    settings = dict(seed=5, temperature=1.0, n=3, logprobs=True, top_logprobs=2)
+    whole = ask(client, **settings)
+    streamed, usage = gather(ask(client, stream=True, stream_options={"include_usage": True}, **settings))
+    assert len({choice.message.content for choice in whole.choices}) == 3
+    for choice, known in zip(whole.choices, streamed, strict=True):
+        assert choice.message.role == "assistant" and choice.message.content == known["content"]
+        assert choice.finish_reason == known["finish_reason"]
+        assert choice.logprobs.content == known["logprobs"]
+        text = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
+        assert choice.message.content.strip("�") in text.decode("utf-8", "replace")
+        assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
+    tokens = sum(len(choice.logprobs.content) for choice in whole.choices)
+    for found in (whole.usage, usage):
+        assert found.completion_tokens == tokens
+        assert found.total_tokens == found.prompt_tokens + tokens
+    assert (
+        ask(client, **settings | {"seed": 6}).choices[0].message.content != whole.choices[0].message.content
+    )
+
+
+def test_without_stream_options_there_is_no_usage(client):
+    assert gather(ask(client, stream=True))[1] is None
+
+
+def test_max_tokens_temperature_zero_and_finish_reasons(client):
+    answer = ask(client, max_tokens=4, temperature=0)
+    assert answer.usage.completion_tokens == 4 and answer.choices[0].finish_reason == "length"
+    assert ask(client, max_tokens=4, temperature=0, top_p=0.5).choices == answer.choices
+    ended = ask(client, logit_bias={str(IM_END): 100})
+    assert ended.choices[0].finish_reason == "stop" and ended.choices[0].message.content == ""
+    newer = ask(client, max_tokens=openai.omit, max_completion_tokens=3)
+    assert newer.usage.completion_tokens == 3
+
+
+def test_stop_strings_end_an_answer_before_them(client):
+    text = ask(client, temperature=0, max_tokens=40).choices[0].message.content
+    stop = text[len(text) // 2 :][:3]
+    for stream in (False, True):
+        answer = ask(client, temperature=0, max_tokens=40, stop=[stop, "never"], stream=stream)
+        content = gather(answer)[0][0]["content"] if stream else answer.choices[0].message.content
+        assert content == text[: text.index(stop)]
+
+
+def test_content_as_parts_is_content(client):
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "How are "}, {"type": "text", "text": "you?"}]}
+    ]
+    assert ask(client, parts, temperature=0).choices == ask(client, temperature=0).choices
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
+    with pytest.raises(openai.BadRequestError, match="reads text only"):
+        ask(client, image)
+
+
+def test_system_prompt_tools_and_history_reach_the_model(client):
+    def tokens(messages, **more):
+        return ask(client, messages, max_tokens=1, **more).usage.prompt_tokens
+
+    user = {"role": "user", "content": "hi"}
+    plain = tokens([user])
+    assert tokens([{"role": "system", "content": "Be short."}, user]) > plain
+    assert tokens([user, {"role": "assistant", "content": "hello"}, user]) > plain
+    assert tokens([user], tools=TOOLS) > plain + 50
+    assert tokens([user], tools=TOOLS, tool_choice="none") == plain
+
+
+def test_a_conversation_is_not_read_twice(client):
+    messages = [{"role": "user", "content": "Tell me a story about a river and a mountain."}]
+    first = ask(client, messages, temperature=0)
+    messages += [{"role": "assistant", "content": "Once"}, {"role": "user", "content": "Go on."}]
+    second = ask(client, messages, temperature=0)
+    assert first.usage.prompt_tokens - 2 <= second.usage.prompt_tokens_details.cached_tokens
+    assert ask(client, messages, temperature=0, seed=1).usage.prompt_tokens_details.cached_tokens == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_forced_tool_is_called(client, stream, parallel):
+    settings = dict(tools=TOOLS, tool_choice="required", parallel_tool_calls=parallel, temperature=1)
+    settings |= dict(logit_bias={str(IM_END): 3}, max_tokens=1000, seed=3)  # the call after which it ends
+    answer = ask(client, stream=stream, **settings)
+    if stream:
+        ((known,), _) = gather(answer)
+        calls, content, reason = known["calls"], known["content"], known["finish_reason"]
+    else:
+        message, reason = answer.choices[0].message, answer.choices[0].finish_reason
+        calls = [(call.id, call.function.name, call.function.arguments) for call in message.tool_calls]
+        content = message.content or ""
+    assert reason == "tool_calls" and content == ""
+    assert len(calls) > 1 if parallel else len(calls) == 1
+    assert len({id for id, _, _ in calls}) == len(calls)
+    assert all(name in ("first", "second") and json.loads(text)["x"] in (1, 2) for _, name, text in calls)
+
+
+def test_the_named_tool_is_called_and_its_result_can_be_sent_back(client):
+    choice = {"type": "function", "function": {"name": "second"}}
+    question = {"role": "user", "content": "go"}
+    answer = ask(
+        client, [question], tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, max_tokens=60
+    )
+    message = answer.choices[0].message
+    assert [call.function.name for call in message.tool_calls] == ["second"] and message.content is None
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": '{"y": 2}'}
+    again = ask(client, [question, message.model_dump(exclude_none=True), result], tools=TOOLS)
+    assert again.usage.prompt_tokens > answer.usage.prompt_tokens + 20
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thoughts_are_apart(client, stream):
+    thinking = {"chat_template_kwargs": {"open_thinking": True}}
+    settings = dict(extra_body=thinking, seed=2, max_tokens=8)
+    answer = ask(client, stream=stream, **settings)
+    if stream:
+        ((known,), _) = gather(answer)
+        assert known["reasoning"] and known["content"] == ""
+    else:
+        message = answer.choices[0].message
+        assert message.reasoning_content and message.content == ""
+        assert answer.usage.completion_tokens_details.reasoning_tokens == 8
+    settings["logit_bias"] = {str(THINK_END): 100}
+    message = ask(client, **settings).choices[0].message
+    assert (
+        not getattr(message, "reasoning_content", None) and "</think>" in message.content
+    )  # the first one ended it
+
+
+def test_json_mode_and_schemas(client):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["a", "b"]}, "age": {"type": "integer", "minimum": 1, "maximum": 99}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+    for seed in range(3):
+        answer = ask(client, response_format=form, temperature=1, seed=seed, max_tokens=60).choices[0]
+        person = json.loads(answer.message.content)
+        assert answer.finish_reason == "stop" and person["name"] in "ab" and 1 <= person["age"] <= 99
+    answer = ask(
+        client, response_format={"type": "json_object"}, logit_bias={"94": 50}, max_tokens=60, seed=1
+    )
+    assert answer.choices[0].message.content.startswith("{")
+    with pytest.raises(openai.BadRequestError, match="schema"):
+        ask(client, response_format={"type": "json_schema", "json_schema": {"schema": {"type": "no such"}}})
+
+
+def test_plain_completions(client):
+    answer = client.completions.create(
+        model="text", prompt=["The sky", "天空"], n=2, max_tokens=5, echo=True, logprobs=2, seed=1
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.choices[0].text.startswith("The sky") and answer.choices[3].text.startswith("天空")
+    scores = answer.choices[0].logprobs
+    assert scores.token_logprobs[0] is None and all(x <= 0 for x in scores.token_logprobs[1:])
+    assert len(scores.tokens) == len(scores.top_logprobs) == len(scores.text_offset) > 6
+    only = client.completions.create(model="text", prompt="The sky", max_tokens=0, echo=True, logprobs=1)
+    assert only.choices[0].text == "The sky" and only.usage.completion_tokens == 0
+    assert (
+        only.choices[0].logprobs.token_logprobs
+        == scores.token_logprobs[: len(only.choices[0].logprobs.tokens)]
+    )
+    whole = client.completions.create(model="text", prompt="The sky", max_tokens=9, seed=4)
+    pieces = client.completions.create(model="text", prompt="The sky", max_tokens=9, seed=4, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in pieces) == whole.choices[0].text
+    ids = client.completions.create(model="text", prompt=[[5, 6, 7]], max_tokens=2)
+    assert ids.usage.prompt_tokens == 3
+    with pytest.raises(openai.BadRequestError, match="does not chat"):
+        ask(client, model="text")
+
+
+RAW = [
+    # body, status, what the message says
+    (b"{", 400, "JSON"),
+    (b"", 400, ""),
+    (b"[]", 400, ""),
+    (b"\xff\xfe{}", 400, ""),
+    (b'{"messages": ' + b"[" * 100_000, 400, ""),
+    (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, ""),
+    (b'{"messages": [{"role": "user", "content": "hi"}], "seed": ' + b"9" * 5000 + b"}", 400, ""),
+    (b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}', 400, "temperature"),
+    ({"messages": [{"role": "user", "content": "hi"}], "unheard_of": 1}, 400, "unheard_of: unknown field"),
+    ({"messages": [{"role": "user"}]}, 400, "no content"),
+    ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "takes 2048"),
+    ({"messages": [{"role": "user", "content": "hi"}], "n": 33}, 400, "33 answers"),
+    ({"messages": [{"role": "user", "content": "hi"}], "logit_bias": {"6400": 1}}, 400, "logit_bias"),
+    ({"messages": [{"role": "user", "content": "hi"}], "top_logprobs": 2}, 400, "logprobs"),
+    ({"messages": [{"role": "user", "content": "hi"}], "stop": [""]}, 400, "stop"),
+    ({"model": "gpt-4", "messages": [{"role": "user", "content": "hi"}]}, 404, "there is chat, text"),
+    ({"messages": [{"role": "user", "content": "x" * (5 << 20)}]}, 413, "4 MB"),
+]
+
+
+@pytest.mark.parametrize("body, status, says", RAW, ids=[str(i) for i in range(len(RAW))])
+def test_bad_requests_get_an_error_of_openais_format(server, body, status, says):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers, timeout=30)
+    error = answer.json()["error"]
+    assert answer.status_code == status and says in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def test_a_large_body_in_pieces_is_refused_too(server):
+    def pieces():
+        yield b'{"messages": "'
+        for _ in range(6):
+            yield b"x" * (1 << 20)
+
+    answer = httpx.post(f"{server.url}/v1/chat/completions", content=pieces(), timeout=30)
+    assert answer.status_code == 413 and "4 MB" in answer.json()["error"]["message"]
+
+
+def test_unknown_addresses_and_methods(server):
+    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)):
+        answer = httpx.request(method, server.url + path)
+        assert answer.status_code == status and path in answer.json()["error"]["message"]
+
+
+def test_many_at_once_get_what_they_would_get_alone(server, client):
+    alone = [ask(client, f"Question {i}", seed=i).choices[0].message.content for i in range(24)]
+    found = [None] * 24
+
+    def work(i):
+        answer = ask(client, f"Question {i}", seed=i, stream=i % 2 == 0)
+        found[i] = gather(answer)[0][0]["content"] if i % 2 == 0 else answer.choices[0].message.content
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == alone
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_frees_his_place(server, stream):
+    body = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "max_tokens": 2000, "n": 8}
+    with pytest.raises(httpx.ReadTimeout):
+        with httpx.Client(timeout=0.4) as http:
+            with http.stream(
+                "POST", f"{server.url}/v1/chat/completions", json=body | {"stream": stream}
+            ) as answer:
+                begin = time.monotonic()
+                for _ in answer.iter_raw():
+                    if time.monotonic() > begin + 0.2:
+                        raise httpx.ReadTimeout("enough")
+    wait_for(server.idle, 5)
+
+
+def test_metrics(server, client):
+    def value(name):
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
+
+    before = value("minimind_generated_tokens_total")
+    ask(client, max_tokens=7, temperature=0)
+    assert value("minimind_generated_tokens_total") == before + 7
+    wait_for(lambda: value("minimind_rows_running") == 0)
+    assert value("minimind_first_token_seconds_count") > 0
+
+
+def test_keys_limits_and_origins():
+    flags = ("--api_key", "secret", "--max_rows", "1", "--max_waiting", "1", "--timeout", "1.5")
+    with LiveServer(*flags, "--cors_origin", "http://ui.local") as server:
+        wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="guess", max_retries=0)
+        for call in (wrong.models.list, lambda: ask(wrong)):
+            with pytest.raises(openai.AuthenticationError):
+                call()
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
+        assert client.models.list().data
+        endless = dict(extra_body={"ignore_eos": True}, max_tokens=2000)
+        found = []
+
+        def wait():
+            with pytest.raises(openai.APIStatusError) as error:
+                ask(client, **endless)
+            found.append(error.value.status_code)
+
+        threads = [threading.Thread(target=wait) for _ in range(2)]
+        threads[0].start()
+        wait_for(lambda: server.worker.batches["chat"].rows)
+        threads[1].start()
+        wait_for(lambda: server.worker.num_waiting == 1)
+        with pytest.raises(openai.RateLimitError, match="wait already"):
+            ask(client)
+        for thread in threads:
+            thread.join()
+        assert found == [504, 504]
+        wait_for(server.idle)
+        with pytest.raises(openai.APIError, match="1.5 seconds"):
+            for _ in ask(client, stream=True, **endless):
+                pass
+        preflight = {"Origin": "http://ui.local", "Access-Control-Request-Method": "POST"}
+        for origin, allowed in (("http://ui.local", True), ("http://evil.example", False)):
+            headers = preflight | {"Origin": origin}
+            answer = httpx.options(f"{server.url}/v1/chat/completions", headers=headers)
+            assert ("access-control-allow-origin" in answer.headers) == allowed
