@@ -374,9 +374,10 @@ class Transformers:
         say(f"{args.load_from}: {million:.2f}M parameters ({type(model).__name__}), {dtype}, {device}")
         self.torch = torch
 
-    def encode(self, messages, open_thinking):
+    def encode(self, messages, open_thinking, tools=None):
         text = self.tokenizer.apply_chat_template(
             messages,
+            tools=tools,
             tokenize=False,
             add_generation_prompt=True,
             open_thinking=open_thinking,

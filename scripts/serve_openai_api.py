@@ -81,6 +81,7 @@ def parse_args(argv=None):
         help="web pages of this address may ask, such as http://localhost:3000; * = all; without it none",
     )
     g = parser.add_argument_group("limits")
+    g.add_argument("--num_threads", type=cli.count, default=0, metavar="N", help="CPU threads, 0 = all cores")
     g.add_argument(
         "--max_rows", type=cli.positive_int, default=32, metavar="N", help="answers written at once"
     )
@@ -476,24 +477,27 @@ class TooLarge(Exception):
 def main(args):
     import uvicorn
 
-    if args.load_from == ROOT / "model" and not (args.load_from / "tokenizer.json").exists():
-        raise SystemExit("model/tokenizer.json is missing")
-    models = load_models(args)
-    worker = Worker({name: served.batch for name, served in models.items()}, args.max_waiting, args.timeout)
-    app = create_app(models, worker, args)
-    shown = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
-    keys = args.api_key or os.environ.get("MINIMIND_API_KEY")
-    if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
-        eval_llm.say(f"warning: anybody who reaches {args.host} can use this server: set --api_key")
-    eval_llm.say(f"serving {', '.join(models)} at http://{shown}:{args.port}/v1")
-    uvicorn.run(
-        app,
+    from trainer import runtime
+
+    config = uvicorn.Config(
+        "",
         host=args.host,
         port=args.port,
         log_level="warning",
         timeout_graceful_shutdown=args.shutdown_seconds,
         access_log=False,
     )
+    address = config.bind_socket()  # before the long work: the port may be taken
+    runtime.set_threads(args.num_threads, runtime.choose_device(args.device))
+    models = load_models(args)
+    worker = Worker({name: served.batch for name, served in models.items()}, args.max_waiting, args.timeout)
+    config.app = create_app(models, worker, args)
+    keys = args.api_key or os.environ.get("MINIMIND_API_KEY")
+    if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
+        eval_llm.say(f"warning: anybody who reaches {args.host} can use this server: set --api_key")
+    shown = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
+    eval_llm.say(f"serving {', '.join(models)} at http://{shown}:{address.getsockname()[1]}/v1")
+    uvicorn.Server(config).run(sockets=[address])
 
 
 if __name__ == "__main__":

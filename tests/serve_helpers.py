@@ -27,6 +27,7 @@ def small_native(is_base=False, seed=0):
     native = SimpleNamespace(is_base=is_base, engine=Generator(model, dtype="float32"))
     native.tokenizer = AutoTokenizer.from_pretrained(eval_llm.ROOT / "model")
     native.encode = lambda *what: eval_llm.Native.encode(native, *what)
+    native.answer = lambda *what: eval_llm.Native.answer(native, *what)
     return native
 
 

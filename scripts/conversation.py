@@ -1,0 +1,179 @@
+"""A conversation in which the model may call tools, over a model in this process or any OpenAI-compatible
+server: what the terminal client, the web demo and the tool-use exam share.
+
+    speak = local(native, settings)                     # or remote(client, "full_sft", settings)
+    messages = [{"role": "user", "content": "What is 12 * 7?"}]
+    for kind, value in converse(speak, messages, tools): ...
+    messages                                            # has the answer, the calls and their results
+"""
+
+import json
+from collections.abc import Callable, Iterator
+
+from scripts.serve_protocol import AnswerParser, new_id
+from trainer.tools import MAX_RESULT, Call, execute, offered, read_json
+
+# What `speak` and `converse` yield: ("reasoning", text), ("content", text), ("call", {"id", "name",
+# "arguments" as JSON text}), ("result", {"id", "name", "content", "ok"}), ("usage", tokens), ("end", reason).
+Piece = tuple[str, object]
+Speak = Callable[[list[dict], list[dict] | None], Iterator[Piece]]
+
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+
+
+def local(native, settings: dict, thinking: bool = False) -> Speak:
+    """native: `eval_llm.Native` or `eval_llm.Transformers`; settings: of `model.generation.Sampling`."""
+
+    def speak(messages, tools):
+        parser = AnswerParser(thinking, bool(tools))
+        pieces = native.answer(native.encode(messages, thinking, tools), settings)
+        count, called = 0, False
+        for piece, tokens in pieces:
+            count += tokens
+            for kind, value in parser.put(piece):
+                called |= kind == "call"
+                yield kind, as_call(value) if kind == "call" else value
+        for kind, value in parser.put("", last=True):
+            yield kind, as_call(value) if kind == "call" else value
+        yield "usage", count
+        cut = count >= settings.get("max_new_tokens", 1 << 30)
+        yield "end", "tool_calls" if called else "length" if cut else "stop"
+
+    return speak
+
+
+def as_call(call: dict) -> dict:
+    return {
+        "id": new_id("call"),
+        "name": call["name"],
+        "arguments": json.dumps(call["arguments"], ensure_ascii=False),
+    }
+
+
+def remote(client, model: str, settings: dict, thinking: bool = False) -> Speak:
+    """client: `openai.OpenAI`; settings: fields of a request; those that are not OpenAI's own go into
+    `extra_body`."""
+
+    def speak(messages, tools):
+        own = ("max_tokens", "temperature", "top_p", "seed", "stop", "frequency_penalty", "presence_penalty")
+        fields = {k: v for k, v in settings.items() if k in own and v is not None}
+        extra = {k: v for k, v in settings.items() if k not in own and v is not None}
+        if thinking:  # other servers need not know it: it is sent only when it is wanted
+            extra["chat_template_kwargs"] = {"open_thinking": True, "enable_thinking": True}
+        if tools:
+            fields["tools"] = tools
+        chunks = client.chat.completions.create(
+            model=model,
+            messages=messages,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body=extra or None,
+            **fields,
+        )
+        calls: dict[int, dict] = {}
+        reason, usage = "stop", None
+        with chunks:  # whoever stops listening closes the connection, and the server stops writing
+            for chunk in chunks:
+                usage = chunk.usage.completion_tokens if chunk.usage else usage
+                for choice in chunk.choices:
+                    delta = choice.delta
+                    thoughts = getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None)
+                    if thoughts:
+                        yield "reasoning", thoughts
+                    if delta.content:
+                        yield "content", delta.content
+                    for part in delta.tool_calls or ():  # other servers send arguments in pieces
+                        call = calls.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
+                        call["id"] += part.id or ""
+                        call["name"] += (part.function.name if part.function else None) or ""
+                        call["arguments"] += (part.function.arguments if part.function else None) or ""
+                    reason = choice.finish_reason or reason
+        for index in sorted(calls):
+            yield "call", calls[index]
+        if usage is not None:
+            yield "usage", usage
+        yield "end", reason
+
+    return speak
+
+
+def converse(
+    speak: Speak, messages: list[dict], tools: list[dict] | None = None, rounds: int = 8
+) -> Iterator[Piece]:
+    """Answer, run the tools that were called, and go on until an answer calls none, at most `rounds` times.
+
+    `messages` grows by what was said; when the iterator is closed in the middle, by what was said until then.
+    """
+    for _ in range(rounds):
+        texts = {"content": "", "reasoning": ""}
+        calls: list[dict] = []
+        end, finished = "stop", False
+        try:
+            for kind, value in speak(messages, tools):
+                if kind in texts:
+                    texts[kind] += value
+                elif kind == "call":
+                    calls.append(value)
+                elif kind == "end":
+                    end = value
+                if kind != "end":  # of the whole, further down
+                    yield kind, value
+            finished = True
+        finally:
+            if not finished:  # stopped in the middle: a call that was not run would have no result
+                calls = []
+            if finished or any(texts.values()):
+                messages.append(assistant_message(texts["content"], texts["reasoning"], calls))
+        results = []
+        for call in calls:  # all of them before the next yield: whoever stops here leaves no call without one
+            content, ok = run(call, tools)
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": content})
+            results.append({"id": call["id"], "name": call["name"], "content": content, "ok": ok})
+        for result in results:
+            yield "result", result
+        if not calls:
+            yield "end", end
+            return
+    yield "end", "rounds"
+
+
+def assistant_message(content: str, reasoning: str = "", calls: list[dict] = ()) -> dict:
+    message: dict = {"role": "assistant", "content": content}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = [
+            {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
+            for c in calls
+        ]
+    return message
+
+
+def run(call: dict, tools: list[dict] | None) -> tuple[str, bool]:
+    """(what the tool says, ok). Nothing of a call is ever evaluated: see trainer/tools.py."""
+    try:
+        arguments = read_json(call["arguments"] or "{}")
+    except (ValueError, RecursionError) as error:
+        return json.dumps({"error": f"arguments: {error}"[:MAX_RESULT]}, ensure_ascii=False), False
+    return execute(Call(call["name"], arguments), allowed=offered(tools))
+
+
+def recent(messages: list[dict], count: int) -> list[dict]:
+    """The last messages, at most `count`, from a question on: a result without its call means nothing."""
+    last = messages[-count:] if count else []
+    first = next((i for i, message in enumerate(last) if message["role"] == "user"), len(last))
+    return last[first:]
+
+
+def explain(error: Exception, url: str) -> str:
+    """One sentence about what went wrong with a server."""
+    import openai
+
+    if isinstance(error, openai.APITimeoutError):
+        return f"{url} did not answer in time"
+    if isinstance(error, openai.APIConnectionError):
+        return f"nobody answers at {url}: start scripts/serve_openai_api.py there, or check the address"
+    if isinstance(error, openai.AuthenticationError):
+        return f"{url} wants an API key, and this is none of its keys"
+    body = error.body if isinstance(getattr(error, "body", None), dict) else {}
+    return str(body.get("message") or error)

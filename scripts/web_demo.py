@@ -1,0 +1,561 @@
+"""Talk to a model in the browser, and watch one being trained.
+
+    streamlit run scripts/web_demo.py
+    streamlit run scripts/web_demo.py -- --save_dir out/quickstart
+
+Models: weights and adapters in out/, transformers folders below it, or any OpenAI-compatible server. What a
+model says is shown as text: no HTML of it is rendered, no picture is fetched, and no call is evaluated.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
+
+import streamlit as st
+
+from scripts.conversation import converse, explain, local, recent, remote
+from trainer.tools import TOOLS
+
+TEXTS = {
+    "English": {
+        "chat": "Chat",
+        "training": "Training",
+        "model": "Model",
+        "source": "Where the model is",
+        "here": "on this computer",
+        "server": "server",
+        "weights": "Weights",
+        "adapters": "Adapters",
+        "address": "Address (OpenAI-compatible, .../v1)",
+        "key": "API key",
+        "name": "Model name",
+        "answers": "Answers",
+        "thinking": "Think first",
+        "tools": "Tools it may call",
+        "system": "System prompt",
+        "temperature": "Temperature (0 = always the likeliest word)",
+        "length": "Longest answer, in tokens",
+        "history": "Past messages it sees",
+        "seed": "Seed (0 = other answers every time)",
+        "new": "New conversation",
+        "ask": "Ask something",
+        "thoughts": "Thoughts",
+        "called": "called",
+        "stop": "Stop",
+        "again": "Answer again",
+        "edit": "Edit",
+        "delete": "Delete this and what it answers",
+        "save": "Ask again",
+        "cancel": "Cancel",
+        "export": "Export",
+        "nothing": "There are no weights in out/ yet. Train some, or choose a server:",
+        "empty": "Say hello. The names tell what the weights can do: **full_sft** chats, **reason** thinks "
+        "first, **agent** calls tools, **pretrain** continues text.",
+        "cut": "cut off at the longest answer",
+        "rounds": "still calling tools: stopped",
+        "loading": "Loading",
+        "busy": "This model is answering in another window: try again in a moment.",
+        "no_log": "No run has written a log into out/ yet. Start one, for example:",
+        "run": "Run",
+        "figures": "Figures",
+        "live": "Keep up with the run",
+        "samples": "Samples",
+        "step": "step",
+        "reward": "reward",
+        "folder": "Folder of the logs",
+    },
+    "中文": {
+        "chat": "对话",
+        "training": "训练",
+        "model": "模型",
+        "source": "模型在哪里",
+        "here": "本机",
+        "server": "服务器",
+        "weights": "权重",
+        "adapters": "适配器",
+        "address": "地址（兼容 OpenAI，以 /v1 结尾）",
+        "key": "API 密钥",
+        "name": "模型名称",
+        "answers": "回答",
+        "thinking": "先思考再回答",
+        "tools": "可以调用的工具",
+        "system": "系统提示词",
+        "temperature": "温度（0 = 总选最可能的词）",
+        "length": "回答的最大长度（token）",
+        "history": "能看到的历史消息数",
+        "seed": "随机种子（0 = 每次都不同）",
+        "new": "新对话",
+        "ask": "问点什么",
+        "thoughts": "思考过程",
+        "called": "调用了",
+        "stop": "停止",
+        "again": "重新回答",
+        "edit": "编辑",
+        "delete": "删除这一轮",
+        "save": "重新提问",
+        "cancel": "取消",
+        "export": "导出",
+        "nothing": "out/ 里还没有权重。先训练一个，或者选择服务器：",
+        "empty": "打个招呼吧。权重的名字说明它会什么：**full_sft** 会对话，**reason** 先思考，"
+        "**agent** 会调用工具，**pretrain** 续写文本。",
+        "cut": "达到最大长度，已截断",
+        "rounds": "一直在调用工具，已停止",
+        "loading": "正在加载",
+        "busy": "这个模型正在另一个窗口里回答，请稍后再试。",
+        "no_log": "out/ 里还没有训练日志。先开始训练，例如：",
+        "run": "训练任务",
+        "figures": "指标",
+        "live": "实时更新",
+        "samples": "样本",
+        "step": "步",
+        "reward": "奖励",
+        "folder": "日志所在文件夹",
+    },
+}
+
+
+def save_dir() -> Path:
+    """Where weights and logs are: --save_dir behind the `--` of the command, else out/."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--save_dir", type=Path, default=ROOT / "out")
+    return parser.parse_known_args(sys.argv[1:])[0].save_dir
+
+
+def text(name: str) -> str:
+    return TEXTS[st.session_state.get("language", "English")][name]
+
+
+def harmless(words: str) -> str:
+    """A model's words as Markdown that fetches nothing. (Streamlit escapes HTML by itself.)"""
+    return words.replace("![", "!\\[").replace("$", "\\$")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Models
+# ------------------------------------------------------------------------------------------------------------
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """Weight files and transformers folders, the newest first."""
+    files = [p for p in folder.glob("*.pth") if not p.name.startswith("reward")]
+    folders = [p.parent for p in folder.glob("*/config.json")]
+    return sorted([*files, *folders], key=lambda p: p.stat().st_mtime, reverse=True)
+
+
+def find_adapters(weights: Path) -> list[str]:
+    """Names of adapters beside the weights that were trained on this width."""
+    width = weights.stem.partition("_moe")[0].rpartition("_")[2]
+    moe = "_moe" if weights.stem.endswith("_moe") else ""
+    return sorted(
+        p.stem.removesuffix(f"_{width}{moe}") for p in weights.parent.glob(f"lora/*_{width}{moe}.pth")
+    )
+
+
+@st.cache_resource(max_entries=2, show_spinner=False)
+def load(path: str, changed: float, adapters: tuple[str, ...]):
+    """(model, lock); `changed` is the file's time, so that a newer file is loaded."""
+    import eval_llm
+
+    is_file = path.endswith(".pth")
+    folder = {"save_dir": Path(path).parent} if is_file else {"load_from": Path(path)}
+    args = (
+        eval_llm.parse_args([]).__dict__
+        | {"weight": path, "lora_weight": ",".join(adapters) or "None"}
+        | folder
+    )
+    return eval_llm.load(SimpleNamespace(**args)), threading.Lock()
+
+
+def locked(speak, lock):
+    """One answer at a time: a model here has one engine for all windows."""
+
+    def alone(messages, tools):
+        if not lock.acquire(timeout=30):
+            raise ValueError(text("busy"))
+        try:
+            yield from speak(messages, tools)
+        finally:
+            lock.release()
+
+    return alone
+
+
+def choose_model(settings: dict):
+    """The sidebar's part about models -> a function that makes `speak`, or None; and its name."""
+    st.subheader(text("model"))
+    weights = find_weights(save_dir())
+    places = ["here", "server"]
+    place = st.radio(
+        text("source"), places, format_func=text, horizontal=True, key="source", index=0 if weights else 1
+    )
+    if place == "here":
+        if not weights:
+            st.info(text("nothing"))
+            st.code("python scripts/quickstart.py", language="bash")
+            return None, ""
+        path = st.selectbox(
+            text("weights"), weights, format_func=lambda p: p.stem if p.is_file() else p.name, key="weights"
+        )
+        adapters = find_adapters(path) if path.is_file() else []
+        chosen = st.multiselect(text("adapters"), adapters, key=f"adapters {path}") if adapters else []
+
+        def make(thinking):
+            with st.spinner(text("loading")):
+                model, lock = load(str(path), path.stat().st_mtime, tuple(chosen))
+            own = {**settings, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+            own["max_new_tokens"] = own.pop("max_tokens")
+            return locked(local(model, own, thinking), lock)
+
+        return make, "+".join([path.stem, *chosen])
+    address = st.text_input(text("address"), "http://127.0.0.1:8998/v1", key="address")
+    key = st.text_input(text("key"), type="password", key="key")
+    import openai
+
+    client = openai.OpenAI(base_url=address, api_key=key or "none", timeout=60, max_retries=0)
+    names, problem = list_models(address, key)
+    if problem:
+        st.warning(problem)
+    name = st.selectbox(text("name"), names, key="name", accept_new_options=True)
+    return (lambda thinking: remote(client, name, settings, thinking)) if name else None, name or ""
+
+
+@st.cache_data(ttl=30, show_spinner=False)
+def list_models(address: str, key: str) -> tuple[list[str], str]:
+    import openai
+
+    try:
+        client = openai.OpenAI(base_url=address, api_key=key or "none", timeout=5, max_retries=0)
+        return [model.id for model in client.models.list()], ""
+    except openai.OpenAIError as error:
+        return [], explain(error, address)
+    except Exception as error:  # an address that is none
+        return [], f"{address}: {error}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Chat
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Answer:
+    """Shows an answer: as it grows, and afterwards."""
+
+    def __init__(self):
+        self.kind, self.words, self.place, self.shown = "", "", None, 0.0
+
+    def add(self, kind: str, value):
+        if kind in ("reasoning", "content"):
+            if kind != self.kind:
+                self.close()
+                self.kind, self.words = kind, ""
+                box = (
+                    st.expander(f"💭 {text('thoughts')}", expanded=True)
+                    if kind == "reasoning"
+                    else st.container()
+                )
+                self.place = box.empty()
+            self.words += value
+            if time.monotonic() - self.shown > 0.06:  # the browser need not see every token
+                self.place.markdown(harmless(self.words) + " ▌")
+                self.shown = time.monotonic()
+            return
+        self.close()
+        if kind == "call":
+            show_call(value["name"], value["arguments"])
+        elif kind == "result":
+            show_result(value["content"], value["ok"])
+        elif kind == "end" and value in ("length", "rounds"):
+            st.caption(text("cut" if value == "length" else "rounds"))
+
+    def close(self):
+        if self.place is not None:
+            self.place.markdown(harmless(self.words))
+        self.kind, self.place = "", None
+
+
+def show_call(name: str, arguments: str):
+    with st.container(border=True):
+        st.markdown(f"🔧 {text('called')} `{name.replace('`', '')[:64]}`")
+        st.code(arguments, language="json", wrap_lines=True)
+
+
+def show_result(content: str, ok: bool):
+    with st.container(border=True):
+        st.markdown("✅" if ok else "⚠️")
+        st.code(content, language="json", wrap_lines=True)
+
+
+def show_turn(messages: list[dict]):
+    """What was said in answer to a question."""
+    for message in messages:
+        if message["role"] == "tool":
+            show_result(message["content"], '"error"' not in message["content"])
+            continue
+        if message.get("reasoning_content"):
+            with st.expander(f"💭 {text('thoughts')}"):
+                st.markdown(harmless(message["reasoning_content"]))
+        if message.get("content"):
+            st.markdown(harmless(message["content"]))
+        for call in message.get("tool_calls", ()):
+            show_call(call["function"]["name"], call["function"]["arguments"])
+
+
+def turns(messages: list[dict]) -> list[tuple[int, list[dict]]]:
+    """(place of the question, question and what follows it)."""
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    return [(a, messages[a:b]) for a, b in zip(starts, [*starts[1:], len(messages)])]
+
+
+def as_markdown(messages: list[dict]) -> str:
+    lines = []
+    for message in messages:
+        lines.append(f"### {message['role']}\n")
+        if message.get("reasoning_content"):
+            lines.append("> " + message["reasoning_content"].replace("\n", "\n> ") + "\n")
+        if message.get("content"):
+            lines.append(message["content"] + "\n")
+        for call in message.get("tool_calls", ()):
+            lines.append(f"`{call['function']['name']}` `{call['function']['arguments']}`\n")
+    return "\n".join(lines)
+
+
+def sidebar() -> tuple:
+    with st.sidebar:
+        settings: dict = {}
+        make, name = choose_model(settings)
+        st.subheader(text("answers"))
+        thinking = st.toggle(text("thinking"), key="thinking")
+        tools = st.multiselect(text("tools"), list(TOOLS), key="tools")
+        system = st.text_area(text("system"), key="system", height=68)
+        settings["temperature"] = st.slider(text("temperature"), 0.0, 1.5, 0.7, 0.05, key="temperature")
+        settings["top_p"] = st.slider("top-p", 0.05, 1.0, 0.9, 0.05, key="top_p")
+        settings["max_tokens"] = st.slider(text("length"), 16, 4096, 512, 16, key="length")
+        history = st.slider(text("history"), 0, 40, 20, 2, key="history")
+        seed = st.number_input(text("seed"), 0, 2**31, 0, key="seed")
+        settings["seed"] = int(seed) or None
+        if st.button(text("new"), width="stretch", icon=":material/add_comment:"):
+            st.session_state.messages, st.session_state.editing = [], None
+        messages = st.session_state.messages
+        with st.popover(text("export"), width="stretch", disabled=not messages):
+            whole = json.dumps({"model": name, "messages": messages}, ensure_ascii=False, indent=1)
+            st.download_button("JSON", whole, "conversation.json", "application/json", width="stretch")
+            st.download_button(
+                "Markdown", as_markdown(messages), "conversation.md", "text/markdown", width="stretch"
+            )
+    return make, name, thinking, tools, system, history
+
+
+def show_question(place: int, question: dict):
+    """A question with what can be done to it."""
+    state = st.session_state
+    with st.chat_message("user"):
+        if state.editing == place:
+            changed = st.text_area(
+                text("edit"), question["content"], key=f"text {place}", label_visibility="collapsed"
+            )
+            with st.container(horizontal=True):
+                if st.button(text("save"), key=f"save {place}", type="primary") and changed.strip():
+                    state.messages[place:] = [{"role": "user", "content": changed.strip()}]
+                    state.editing, state.pending = None, True
+                    st.rerun()
+                if st.button(text("cancel"), key=f"cancel {place}"):
+                    state.editing = None
+                    st.rerun()
+            return
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.markdown(harmless(question["content"]))
+            if st.button("", key=f"edit {place}", type="tertiary", icon=":material/edit:", help=text("edit")):
+                state.editing = place
+                st.rerun()
+            if st.button(
+                "", key=f"delete {place}", type="tertiary", icon=":material/delete:", help=text("delete")
+            ):
+                length = next(len(turn) for start, turn in turns(state.messages) if start == place)
+                del state.messages[place : place + length]
+                st.rerun()
+
+
+def answer(make, thinking: bool, tools: list[str], system: str, history: int):
+    """Ask the model and show what it says as it comes. Pressing Stop, or anything else, ends this run of the
+    script and starts the next one; what was said until then stays."""
+    state = st.session_state
+    with st.chat_message("assistant"):
+        st.button(text("stop"), key="stop", icon=":material/stop_circle:")
+        view = Answer()
+        question = state.messages[-1]
+        said = recent(state.messages[:-1], history)
+        sent = [*([{"role": "system", "content": system}] if system.strip() else []), *said, question]
+        begin = len(sent)
+        started, tokens = time.monotonic(), 0
+        try:
+            speak = make(thinking)
+            schemas = [TOOLS[name] for name in tools] or None
+            with contextlib.closing(converse(speak, sent, schemas)) as pieces:
+                for kind, value in pieces:
+                    tokens += value if kind == "usage" else 0
+                    view.add(kind, value)
+        except Exception as error:  # whatever it is, the page shows it and goes on
+            state.problem = " ".join(str(error).split())[:500] or type(error).__name__
+            if type(error).__module__.startswith("openai"):
+                state.problem = explain(error, state.get("address", ""))
+        finally:
+            state.messages += sent[begin:]
+        seconds = time.monotonic() - started
+        state.speed = f"{tokens} tokens, {tokens / seconds:.0f} / s" if tokens else ""
+    st.rerun()
+
+
+def chat_page():
+    state = st.session_state
+    for name, value in (
+        ("messages", []),
+        ("editing", None),
+        ("pending", False),
+        ("problem", ""),
+        ("speed", ""),
+    ):
+        state.setdefault(name, value)
+    make, name, thinking, tools, system, history = sidebar()
+    if not state.messages:
+        st.markdown(f"## 🧠 {harmless(name) or 'MiniMind'}")
+        st.markdown(text("empty"))
+    for place, turn in turns(state.messages):
+        show_question(place, turn[0])
+        if len(turn) > 1:
+            with st.chat_message("assistant"):
+                show_turn(turn[1:])
+    if state.problem:
+        st.error(state.problem)
+    if state.messages and not state.pending and state.editing is None:
+        with st.container(horizontal=True, vertical_alignment="center"):
+            if st.button(text("again"), icon=":material/refresh:", type="tertiary", disabled=make is None):
+                state.messages = state.messages[: turns(state.messages)[-1][0] + 1]
+                state.pending = True
+                st.rerun()
+            st.caption(state.speed)
+    asked = st.chat_input(text("ask"), disabled=make is None)
+    if asked and asked.strip():
+        state.messages.append({"role": "user", "content": asked.strip()})
+        state.pending, state.editing = True, None
+        st.rerun()
+    if state.pending and make is not None and state.messages and state.messages[-1]["role"] == "user":
+        state.pending, state.problem, state.speed = False, "", ""
+        answer(make, thinking, tools, system, history)
+    state.pending = False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------
+
+FIRST = [
+    "loss",
+    "val_loss",
+    "val_bpb",
+    "reward",
+    "success",
+    "val_pass1",
+    "kl",
+    "length",
+    "entropy",
+    "lr",
+    "grad_norm",
+]
+
+
+def read_log(path: Path) -> list[dict]:
+    """The steps in a log; a line that is being written is left out."""
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and "step" in entry:
+                steps.append({k: v for k, v in entry.items() if type(v) in (int, float)})
+    return steps
+
+
+def training_page():
+    place = Path(st.sidebar.text_input(text("folder"), str(save_dir()), key="folder"))
+    logs = (
+        sorted(place.glob("**/*_log.jsonl"), key=lambda p: p.stat().st_mtime, reverse=True)
+        if place.is_dir()
+        else []
+    )
+    if not logs:
+        st.info(text("no_log"))
+        st.code("python trainer/train_pretrain.py", language="bash")
+        return
+    with st.sidebar:
+        path = st.selectbox(
+            text("run"),
+            logs,
+            format_func=lambda p: str(p.relative_to(place)).removesuffix("_log.jsonl"),
+            key="run",
+        )
+        live = st.toggle(text("live"), True, key="live")
+    st.markdown(f"## 📈 {path.name.removesuffix('_log.jsonl')}")
+    st.fragment(show_run, run_every=2 if live else None)(path)
+
+
+def show_run(path: Path):
+    import pandas
+
+    table = pandas.DataFrame(read_log(path))
+    if table.empty:
+        st.caption("...")
+        return
+    table = table.groupby("step").last()
+    names = [name for name in table.columns if table[name].nunique() > 1]
+    default = [name for name in FIRST if name in names][:6]
+    chosen = st.multiselect(text("figures"), sorted(names), default, key=f"figures {path}")
+    last = table.ffill().iloc[-1]
+    st.caption(f"{text('step')} {table.index[-1]:,}")
+    columns = st.columns(2)
+    for i, name in enumerate(chosen):
+        with columns[i % 2]:
+            st.metric(name, f"{last[name]:,.4g}")
+            st.line_chart(table[name].dropna(), height=180, x_label=text("step"), y_label="")
+    samples = path.with_name(path.name.replace("_log.jsonl", "_samples.jsonl"))
+    if samples.exists():
+        st.subheader(text("samples"))
+        for line in samples.read_text(encoding="utf-8").splitlines()[-8:]:
+            with contextlib.suppress(ValueError):
+                show_sample(json.loads(line))
+
+
+def show_sample(sample: dict):
+    reward = sample.get("reward", 0.0)
+    question = str(sample.get("question"))[:80]
+    label = f"{text('step')} {sample.get('step')} · {text('reward')} {reward:.3f} · {question}"
+    with st.expander(harmless(label)):
+        st.json({"parts": sample.get("parts", {}), "expected": sample.get("expected")}, expanded=False)
+        for turn in sample.get("turns") or [sample.get("text", "")]:
+            st.code(turn, language=None, wrap_lines=True)
+
+
+def main():
+    st.set_page_config(page_title="MiniMind", page_icon="🧠", layout="centered")
+    st.session_state.setdefault("language", "English")
+    pages = [
+        st.Page(chat_page, title=text("chat"), icon=":material/chat:", url_path="chat", default=True),
+        st.Page(training_page, title=text("training"), icon=":material/monitoring:", url_path="training"),
+    ]
+    page = st.navigation(pages)
+    st.sidebar.segmented_control("Language / 语言", list(TEXTS), key="language", label_visibility="collapsed")
+    page.run()
+
+
+if __name__ == "__main__":
+    from streamlit.runtime.scriptrunner import get_script_run_ctx
+
+    if get_script_run_ctx() is None:
+        raise SystemExit("start it with: streamlit run scripts/web_demo.py")
+    main()

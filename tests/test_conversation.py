@@ -1,0 +1,196 @@
+"""Conversations with tools, as the terminal client, the web demo and the tool-use exam have them."""
+
+import json
+
+import openai
+import pytest
+from serve_helpers import LiveServer, small_native
+
+from scripts import chat_api, eval_toolcall
+from scripts.conversation import converse, local, recent, remote
+from trainer import cli
+from trainer.tools import TOOLS
+
+CALCULATOR = [TOOLS["calculate_math"]]
+
+
+def call(arguments, name="calculate_math", number=1):
+    return ("call", {"id": f"c{number}", "name": name, "arguments": arguments})
+
+
+def script(*answers):
+    """A model that says these answers one after another, and remembers what it was asked."""
+    left, asked = list(answers), []
+
+    def speak(messages, tools):
+        asked.append([dict(message) for message in messages])
+        yield from left.pop(0)
+
+    speak.asked = asked
+    return speak
+
+
+def test_calls_are_run_and_their_results_go_back():
+    speak = script(
+        [
+            ("reasoning", "hm"),
+            call('{"expression": "6*7"}'),
+            call('{"expression": "1+1"}', number=2),
+            ("end", "tool_calls"),
+        ],
+        [("content", "42 "), ("content", "and 2"), ("usage", 5), ("end", "stop")],
+    )
+    messages = [{"role": "user", "content": "6*7?"}]
+    pieces = list(converse(speak, messages, CALCULATOR))
+    assert [
+        kind for kind, _ in pieces
+    ] == "reasoning call call result result content content usage end".split()
+    assert [value["content"] for kind, value in pieces if kind == "result"] == [
+        '{"result": 42}',
+        '{"result": 2}',
+    ]
+    question, calls, first, second, answer = messages
+    assert calls["reasoning_content"] == "hm" and [c["id"] for c in calls["tool_calls"]] == ["c1", "c2"]
+    assert (first["role"], first["tool_call_id"], first["content"]) == ("tool", "c1", '{"result": 42}')
+    assert answer == {"role": "assistant", "content": "42 and 2"}
+    assert speak.asked[1] == messages[:4] and pieces[-1] == ("end", "stop")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "{",
+        "[1]",
+        "null",
+        '{"expression": "9**9**9"}',
+        '{"expression": "__import__(1)"}',
+        "[" * 9999,
+        '{"a": ' + "1" * 9999 + "}",
+    ],
+    ids=[str(i) for i in range(8)],
+)
+def test_whatever_a_call_holds_becomes_an_observation(arguments):
+    messages = [{"role": "user", "content": "?"}]
+    pieces = list(converse(script([call(arguments)], [("end", "stop")]), messages, CALCULATOR))
+    (result,) = [value for kind, value in pieces if kind == "result"]
+    assert not result["ok"] and "error" in json.loads(result["content"])
+
+
+def test_tools_that_were_not_offered_are_not_run():
+    pieces = list(converse(script([call("{}", name="random_number")], []), [], CALCULATOR))
+    (result,) = [value for kind, value in pieces if kind == "result"]
+    assert not result["ok"] and "there is no tool random_number" in result["content"]
+
+
+def test_a_model_that_only_calls_is_stopped():
+    speak = script(*[[call('{"expression": "1+1"}')]] * 5)
+    pieces = list(converse(speak, [], CALCULATOR, rounds=3))
+    assert pieces[-1] == ("end", "rounds") and len(speak.asked) == 3
+
+
+@pytest.mark.parametrize("after, said", [(0, []), (1, ["half"]), (2, ["half an"])])
+def test_who_stops_in_the_middle_keeps_what_was_said(after, said):
+    speak = script([("content", "half"), ("content", " an"), call("{}"), ("end", "tool_calls")])
+    messages = [{"role": "user", "content": "?"}]
+    pieces = converse(speak, messages, CALCULATOR)
+    for _ in range(after):
+        next(pieces)
+    pieces.close()
+    assert [m["content"] for m in messages[1:]] == said and not any("tool_calls" in m for m in messages)
+
+
+def test_history_begins_with_a_question():
+    roles = "user assistant tool assistant user assistant".split()
+    messages = [{"role": role, "content": str(i)} for i, role in enumerate(roles)]
+    assert recent(messages, 0) == [] and recent(messages, 99) == messages
+    assert [m["content"] for m in recent(messages, 4)] == ["4", "5"]
+    assert recent(messages[:4], 3) == []
+
+
+def test_a_model_here_and_on_a_server_say_the_same():
+    settings = {"temperature": 0.0, "max_new_tokens": 12}
+    messages = [{"role": "user", "content": "How are you?"}]
+    here = list(local(small_native(), settings)(messages, None))
+    with LiveServer() as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        settings = {"temperature": 0.0, "max_tokens": 12, "top_k": 0, "seed": 1}
+        there = list(remote(client, "chat", settings)(messages, None))
+        thoughts = list(remote(client, "chat", settings, thinking=True)(messages, None))
+    for pieces in (here, there):
+        assert pieces[-2:] == [("usage", 12), ("end", "length")]
+    assert (
+        "".join(v for k, v in here if k == "content") == "".join(v for k, v in there if k == "content") != ""
+    )
+    assert {kind for kind, _ in thoughts} == {"reasoning", "usage", "end"}
+
+
+def test_terminal_client(monkeypatch, capsys):
+    with LiveServer() as server:
+        flags = ["--base_url", f"{server.url}/v1", "--max_tokens", "8", "--seed", "1"]
+        chat_api.main(chat_api.parse_args([*flags, "--prompt", "hi", "--prompt", "and?", "--tools", "all"]))
+        out = capsys.readouterr().out
+        assert "💬: hi" in out and "💬: and?" in out and "cut off at --max_tokens" in out
+        lines = iter(["hi", "/new", "/exit"])
+        monkeypatch.setattr("builtins.input", lambda _: next(lines))
+        monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": staticmethod(lambda: True)}))
+        chat_api.main(chat_api.parse_args(flags))
+        assert "🧠: " in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            chat_api.main(chat_api.parse_args([*flags, "--model", "gpt-4", "--prompt", "hi"]))
+        assert "there is no model 'gpt-4' here" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        cli.run(chat_api.main, chat_api.parse_args, [*flags, "--prompt", "hi"])
+    assert error.value.code == 2 and "nobody answers at" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        chat_api.parse_args(["--tools", "rm_rf"])
+    assert "there is no tool rm_rf: choose from calculate_math" in capsys.readouterr().err
+
+
+def test_a_models_text_does_not_steer_the_terminal():
+    assert chat_api.printable("a\x1b[2Jb\x07\r你\n\tc") == "a[2Jb你\n\tc"
+
+
+def test_exam_of_tool_use(monkeypatch, capsys, tmp_path):
+    """A model that calls the right tool and repeats its result passes; one that guesses does not."""
+
+    def oracle(messages, tools):
+        if messages[-1]["role"] == "tool":
+            results = [json.loads(m["content"]) for m in messages if m["role"] == "tool"]
+            yield "content", "It is " + " and ".join(str(next(iter(r.values()))) for r in results) + "."
+        else:
+            question = messages[-1]["content"]
+            calls = next(calls for q, _, calls in eval_toolcall.FIXED if q == question)
+            for i, (name, arguments) in enumerate(calls):
+                yield call(json.dumps(arguments), name, i)
+        yield "end", "stop"
+
+    def guess(messages, tools):
+        yield "content", "It is 7."
+        yield "end", "stop"
+
+    path = tmp_path / "result.json"
+    for speak, right in ((oracle, 1.0), (guess, 0.0)):
+        monkeypatch.setattr(eval_toolcall, "speaker", lambda args, speak=speak: (speak, "fake"))
+        eval_toolcall.main(eval_toolcall.parse_args(["--json", str(path)]))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert result["metrics"]["right"] == right, [i for i in result["items"] if i["right"] != bool(right)]
+    assert "right" in capsys.readouterr().out
+
+
+def test_exam_over_a_server_and_on_a_file(capsys, tmp_path):
+    row = {
+        "conversations": [
+            {"role": "system", "content": "", "tools": json.dumps(CALCULATOR)},
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": ""},
+        ],
+        "gt": ["4"],
+    }
+    path = tmp_path / "agent.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with LiveServer() as server:
+        flags = ["--base_url", f"{server.url}/v1", "--max_new_tokens", "8", "--data_path", str(path)]
+        eval_toolcall.main(eval_toolcall.parse_args(flags))
+    out = capsys.readouterr().out
+    assert "chat: 1 questions" in out and "✗ 2+2?" in out
