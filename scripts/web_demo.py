@@ -24,6 +24,7 @@ import streamlit as st
 from scripts.conversation import converse, explain, local, recent, remote
 from trainer.tools import TOOLS
 
+THOUGHTS = ":material/lightbulb:"
 TEXTS = {
     "English": {
         "chat": "Chat",
@@ -49,6 +50,7 @@ TEXTS = {
         "ask": "Ask something",
         "thoughts": "Thoughts",
         "called": "called",
+        "result": "result",
         "stop": "Stop",
         "again": "Answer again",
         "edit": "Edit",
@@ -96,6 +98,7 @@ TEXTS = {
         "ask": "问点什么",
         "thoughts": "思考过程",
         "called": "调用了",
+        "result": "结果",
         "stop": "停止",
         "again": "重新回答",
         "edit": "编辑",
@@ -223,6 +226,8 @@ def choose_model(settings: dict):
     names, problem = list_models(address, key)
     if problem:
         st.warning(problem)
+    if names and (st.session_state.get("name") is None or st.session_state.get("asked_at") != address):
+        st.session_state.name, st.session_state.asked_at = names[0], address  # a new server, or it came up
     name = st.selectbox(text("name"), names, key="name", accept_new_options=True)
     return (lambda thinking: remote(client, name, settings, thinking)) if name else None, name or ""
 
@@ -257,7 +262,7 @@ class Answer:
                 self.close()
                 self.kind, self.words = kind, ""
                 box = (
-                    st.expander(f"💭 {text('thoughts')}", expanded=True)
+                    st.expander(text("thoughts"), expanded=True, icon=THOUGHTS)
                     if kind == "reasoning"
                     else st.container()
                 )
@@ -283,13 +288,13 @@ class Answer:
 
 def show_call(name: str, arguments: str):
     with st.container(border=True):
-        st.markdown(f"🔧 {text('called')} `{name.replace('`', '')[:64]}`")
+        st.markdown(f":material/build: {text('called')} `{name.replace('`', '')[:64]}`")
         st.code(arguments, language="json", wrap_lines=True)
 
 
 def show_result(content: str, ok: bool):
     with st.container(border=True):
-        st.markdown("✅" if ok else "⚠️")
+        st.markdown(f":material/{'check_circle' if ok else 'error'}: {text('result')}")
         st.code(content, language="json", wrap_lines=True)
 
 
@@ -300,7 +305,7 @@ def show_turn(messages: list[dict]):
             show_result(message["content"], '"error"' not in message["content"])
             continue
         if message.get("reasoning_content"):
-            with st.expander(f"💭 {text('thoughts')}"):
+            with st.expander(text("thoughts"), icon=THOUGHTS):
                 st.markdown(harmless(message["reasoning_content"]))
         if message.get("content"):
             st.markdown(harmless(message["content"]))
@@ -386,12 +391,13 @@ def show_question(place: int, question: dict):
 def answer(make, thinking: bool, tools: list[str], system: str, history: int):
     """Ask the model and show what it says as it comes. Pressing Stop, or anything else, ends this run of the
     script and starts the next one; what was said until then stays."""
-    state = st.session_state
+    state, messages, done = st.session_state, st.session_state.messages, threading.Event()
+    state.done = done
     with st.chat_message("assistant"):
         st.button(text("stop"), key="stop", icon=":material/stop_circle:")
         view = Answer()
-        question = state.messages[-1]
-        said = recent(state.messages[:-1], history)
+        question = messages[-1]
+        said = recent(messages[:-1], history)
         sent = [*([{"role": "system", "content": system}] if system.strip() else []), *said, question]
         begin = len(sent)
         started, tokens = time.monotonic(), 0
@@ -407,7 +413,10 @@ def answer(make, thinking: bool, tools: list[str], system: str, history: int):
             if type(error).__module__.startswith("openai"):
                 state.problem = explain(error, state.get("address", ""))
         finally:
-            state.messages += sent[begin:]
+            # The next run of the script may have begun, and this one's session is cut off from it then:
+            # only the list itself is still shared.
+            messages += sent[begin:]
+            done.set()
         seconds = time.monotonic() - started
         state.speed = f"{tokens} tokens, {tokens / seconds:.0f} / s" if tokens else ""
     st.rerun()
@@ -423,9 +432,11 @@ def chat_page():
         ("speed", ""),
     ):
         state.setdefault(name, value)
+    if "done" in state:  # an answer that was stopped is about to be put down
+        state.done.wait(30)
     make, name, thinking, tools, system, history = sidebar()
     if not state.messages:
-        st.markdown(f"## 🧠 {harmless(name) or 'MiniMind'}")
+        st.markdown(f"## {harmless(name) or 'MiniMind'}")
         st.markdown(text("empty"))
     for place, turn in turns(state.messages):
         show_question(place, turn[0])
@@ -501,7 +512,7 @@ def training_page():
             key="run",
         )
         live = st.toggle(text("live"), True, key="live")
-    st.markdown(f"## 📈 {path.name.removesuffix('_log.jsonl')}")
+    st.markdown(f"## {path.name.removesuffix('_log.jsonl')}")
     st.fragment(show_run, run_every=2 if live else None)(path)
 
 

@@ -1,0 +1,225 @@
+"""The web demo as a user clicks through it (streamlit's AppTest: the script without a browser)."""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+from serve_helpers import LiveServer, small_native
+from streamlit.testing.v1 import AppTest
+
+from scripts import web_demo
+from trainer import checkpoint
+
+PAGE = str(web_demo.ROOT / "scripts" / "web_demo.py")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with small weights, into which the demo looks."""
+    monkeypatch.setattr(sys, "argv", ["web_demo.py", "--save_dir", str(tmp_path)])
+    native = small_native()
+    metadata = {"stage": "full_sft", "tokenizer_hash": checkpoint.tokenizer_hash(native.tokenizer)}
+    checkpoint.save_weights(native.engine.model, tmp_path / "full_sft_32.pth", metadata)
+    web_demo.st.cache_resource.clear()
+    web_demo.st.cache_data.clear()
+    return tmp_path
+
+
+def page():
+    at = AppTest.from_file(PAGE, default_timeout=60).run()
+    assert not at.exception, at.exception
+    return at
+
+
+def by_label(widgets, label):
+    return next(widget for widget in widgets if widget.label == label)
+
+
+def ask(at, question="How are you?"):
+    by_label(at.slider, "Longest answer, in tokens").set_value(16)
+    at.chat_input[0].set_value(question).run()
+    assert not at.exception, at.exception
+    return at
+
+
+def said(at):
+    return at.session_state["messages"]
+
+
+def test_a_conversation(folder):
+    at = page()
+    by_label(at.text_area, "System prompt").set_value("Be short.")
+    ask(ask(at), "And you?")
+    assert [message["role"] for message in said(at)] == ["user", "assistant", "user", "assistant"]
+    assert all(message["content"] for message in said(at)) and not at.error
+    shown = [markdown.value for markdown in at.markdown]
+    assert "How are you?" in shown and "And you?" in shown
+    assert any("tokens" in caption.value for caption in at.caption)
+
+
+def test_answer_again_edit_delete_and_start_anew(folder):
+    at = ask(ask(page(), "first"), "second")
+    before = [dict(message) for message in said(at)]
+    by_label(at.button, "Answer again").click().run()
+    assert said(at)[:3] == before[:3] and len(said(at)) == 4
+    at.button(key="edit 0").click().run()
+    at.text_area(key="text 0").set_value("changed")
+    at.button(key="save 0").click().run()
+    assert [m["content"] for m in said(at) if m["role"] == "user"] == ["changed"] and len(said(at)) == 2
+    ask(at, "third")
+    at.button(key="delete 0").click().run()
+    assert said(at)[0]["content"] == "third" and len(said(at)) == 2
+    by_label(at.button, "New conversation").click().run()
+    assert said(at) == []
+
+
+def test_seed_repeats_an_answer(folder):
+    at = page()
+    by_label(at.number_input, "Seed (0 = other answers every time)").set_value(7)
+    first = [m["content"] for m in said(ask(at))]
+    by_label(at.button, "Answer again").click().run()
+    assert [m["content"] for m in said(at)] == first
+
+
+def test_thoughts_are_folded_and_chinese(folder):
+    at = page()
+    at.toggle(key="thinking").set_value(True)
+    ask(at)
+    assert said(at)[1]["reasoning_content"] and at.expander[0].label == "Thoughts"
+    at.segmented_control[0].set_value("中文").run()
+    assert at.expander[0].label == "思考过程" and at.chat_input[0].placeholder == "问点什么"
+    for name in web_demo.TEXTS["English"]:
+        assert web_demo.TEXTS["中文"][name]
+
+
+def test_calls_and_results_are_shown(folder, monkeypatch):
+    def speak(messages, tools):
+        if messages[-1]["role"] == "user":
+            yield "call", {"id": "c1", "name": "calculate_math", "arguments": '{"expression": "6*7"}'}
+        else:
+            yield "content", "It is 42."
+
+    monkeypatch.setattr("scripts.conversation.local", lambda *_: speak)
+    at = page()
+    at.multiselect(key="tools").set_value(["calculate_math"])
+    ask(at)
+    assert [code.value for code in at.code] == ['{"expression": "6*7"}', '{"result": 42}']
+    assert said(at)[-1]["content"] == "It is 42."
+
+
+def test_what_a_model_says_is_text(folder, monkeypatch):
+    evil = '<img src=x onerror="alert(1)"> ![p](http://evil.example/p.png) $x$'
+    monkeypatch.setattr(
+        "scripts.conversation.local", lambda *_: lambda messages, tools: iter([("content", evil)])
+    )
+    at = ask(page())
+    (shown,) = [m for m in at.markdown if "onerror" in m.value]
+    assert not shown.allow_html and "![" not in shown.value
+    assert "unsafe_allow_html" not in (web_demo.ROOT / "scripts" / "web_demo.py").read_text(encoding="utf-8")
+
+
+def test_an_error_is_shown_and_the_page_goes_on(folder, monkeypatch):
+    def broken(messages, tools):
+        yield "content", "half of an "
+        raise RuntimeError("no more memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scripts.conversation.local", lambda *_: broken)
+        at = ask(page())
+    assert at.error[0].value == "no more memory" and said(at)[1]["content"] == "half of an "
+    ask(at, "again")
+    assert not at.error and len(said(at)) == 4
+
+
+def test_broken_weights_are_an_error_not_a_crash(folder):
+    (folder / "full_sft_32.pth").write_bytes(b"nothing")
+    at = ask(page())
+    assert "full_sft_32.pth" in at.error[0].value
+
+
+def test_a_server_instead(folder):
+    with LiveServer() as server:
+        at = page()
+        at.radio(key="source").set_value("server").run()
+        at.text_input(key="address").set_value(f"{server.url}/v1").run()
+        assert at.selectbox(key="name").options == ["chat", "text"]
+        ask(at)
+        assert said(at)[1]["content"] and not at.error
+    ask(at, "still there?")
+    assert "nobody answers at" in at.error[0].value
+
+
+def test_without_weights_a_server_is_offered(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["web_demo.py", "--save_dir", str(tmp_path / "none")])
+    at = page()
+    at.radio(key="source").set_value("here").run()
+    assert "no weights" in at.info[0].value and at.chat_input[0].disabled
+
+
+def test_weights_and_adapters_that_are_found(tmp_path):
+    (tmp_path / "lora").mkdir()
+    names = [
+        "full_sft_64.pth",
+        "dpo_64_moe.pth",
+        "reward_64.pth",
+        "lora/lora_a_64.pth",
+        "lora/lora_b_64_moe.pth",
+        "lora/lora_c_8.pth",
+    ]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (i, i))
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "config.json").write_text("{}")
+    found = web_demo.find_weights(tmp_path)
+    assert [p.name for p in found] == ["exported", "dpo_64_moe.pth", "full_sft_64.pth"]
+    assert web_demo.find_adapters(tmp_path / "full_sft_64.pth") == ["lora_a"]
+    assert web_demo.find_adapters(tmp_path / "dpo_64_moe.pth") == ["lora_b"]
+
+
+def test_training_page(folder, monkeypatch):
+    steps = [
+        {"args": {}},
+        *({"step": i, "loss": 5 - i, "val_loss": 4.0 + i, "note": "x"} for i in range(1, 4)),
+    ]
+    lines = [json.dumps(step) for step in steps] + ['{"step": 4, "lo']  # being written
+    (folder / "grpo_log.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert web_demo.read_log(folder / "grpo_log.jsonl")[-1] == {"step": 3, "loss": 2, "val_loss": 7.0}
+    sample = {"step": 1, "question": "2+2?", "turns": ["<b>4</b>"], "reward": 1.0, "parts": {"correct": 1.0}}
+    (folder / "grpo_samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
+
+    def training():
+        from scripts import web_demo
+
+        web_demo.training_page()
+
+    at = AppTest.from_function(training, default_timeout=60).run()
+    assert not at.exception, at.exception
+    assert [metric.label for metric in at.metric] == ["loss", "val_loss"] and at.metric[0].value == "2"
+    assert at.code[0].value == "<b>4</b>" and "2+2?" in at.expander[0].label
+    (folder / "grpo_log.jsonl").unlink()
+    assert (
+        "No run has written a log" in AppTest.from_function(training, default_timeout=60).run().info[0].value
+    )
+
+
+def test_conversation_as_markdown():
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "reasoning_content": "r\ns", "tool_calls": [call]},
+    ]
+    assert web_demo.as_markdown(messages) == "### user\n\nq\n\n### assistant\n\n> r\n> s\n\na\n\n`f` `{}`\n"
+
+
+def test_one_answer_at_a_time():
+    held = SimpleNamespace(acquire=lambda timeout: False, release=lambda: None)
+    with pytest.raises(ValueError, match="another window"):
+        list(web_demo.locked(lambda messages, tools: iter(()), held)([], None))
+
+
+def test_no_usage_statistics():
+    config = (web_demo.ROOT / "scripts" / ".streamlit" / "config.toml").read_text(encoding="utf-8")
+    assert "gatherUsageStats = false" in config and 'address = "127.0.0.1"' in config
