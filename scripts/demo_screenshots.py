@@ -164,8 +164,10 @@ def demo(save_dir: Path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "streamlit", "run", str(ROOT / "scripts" / "web_demo.py")]
-    command += ["--server.headless", "true", "--server.port", str(port), "--", "--save_dir", str(save_dir)]
-    process = subprocess.Popen(command)
+    command += ["--server.headless", "true", "--server.port", str(port), "--", "--save_dir", save_dir.name]
+    process = subprocess.Popen(
+        command, cwd=save_dir.parent
+    )  # so that pictures show no folder of this machine
     try:
         for _ in range(300):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -249,12 +251,14 @@ def chinese(browser: Browser, width: str):
 def main(args):
     from scripts.bench_serve import write_weights
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "out"
+        folder.mkdir()
         for path in args.save_dir.glob("*"):
             if path.name.endswith(("_log.jsonl", "_samples.jsonl", f"_{args.width}.pth")):
                 shutil.copy2(path, folder)
-        write_weights(argparse.Namespace(preset="minimind2-small", seed=0), Path(folder))
-        look(args, Path(folder))
+        write_weights(argparse.Namespace(preset="minimind2-small", seed=0), folder)
+        look(args, folder)
 
 
 def look(args, folder: Path):
