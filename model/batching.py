@@ -29,6 +29,7 @@ from model.precision import prefers_bfloat16
 
 DRAWS = 64  # random numbers made at once for a row
 SHORTEST_PREFIX = 16  # tokens: finding less is not worth a copy
+HEADROOM = 64  # tokens that rows may grow after one joined before another has to make room
 
 
 @dataclass(eq=False)
@@ -42,7 +43,8 @@ class Request:
         frequency_penalty, presence_penalty: subtracted from the logits of tokens the answer holds: the first
             as often as they are in it, the second once (as OpenAI's interface has them).
         logit_bias: token id -> what is added to its logit.
-        top_logprobs: report so many of the likeliest tokens with every token.
+        top_logprobs: report the score of every token, its log-prob at temperature 1 without any penalty, and
+            so many of the likeliest ones; None = neither.
         guide: None, or a function that makes an object which decides for one row which tokens may come next:
             `allowed()` -> (V,) bool or None for all, and `take(token)`.
         score_prompt: also fill `prompt_scores`: for every token of the prompt but the first its log-prob at
@@ -57,13 +59,14 @@ class Request:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
-    top_logprobs: int = 0
+    top_logprobs: int | None = None
     guide: object = None
     score_prompt: bool = False
     reuse: bool = True
     cancelled: bool = False  # set it at any time, from any thread: its rows leave with the next step
 
     def __post_init__(self):
+        self.error: Exception | None = None  # its guide failed, and it was cancelled
         self.reused_tokens = 0  # of the prompt, in the end
         self.prompt_scores: list[tuple[float, list | None]] = []
 
@@ -78,7 +81,8 @@ class News:
     logprob: float  # of the distribution it was drawn from
     piece: str  # the text that is certain with it
     finish_reason: str | None  # "eos", "stop", "length"
-    top: list[tuple[int, float]] | None = None  # (token, log-prob at temperature 1), likeliest first
+    score: float | None = None  # at temperature 1, if `top_logprobs` is not None
+    top: list[tuple[int, float]] = ()  # (token, score), likeliest first
 
 
 class Row:
@@ -123,6 +127,9 @@ class Row:
         allowed = self.guide.allowed() if self.guide else None
         return logits if allowed is None else logits.masked_fill(~allowed.to(logits.device), -math.inf)
 
+    def fail(self, error: Exception):
+        self.request.error, self.request.cancelled, self.guide = error, True, None
+
     def take(self, token: int):
         self.ids.append(token)
         if self.seen is not None:
@@ -153,54 +160,68 @@ class RunningCache(KeyValueCache):
         self.fused = half and (self.rows < 4 or on_gpu or not prefers_bfloat16(self.keys.device))
         self.dense = half and not self.fused
 
+    def size(self, rows: int, longest: int) -> int:
+        """Slots of a block for so many rows, one of them `longest` tokens long."""
+        return row_room(rows) * self.room_for(longest + 1)
+
     def lay_out(self, rows: int, longest: int = 0):
-        """A new block with room for `rows` rows, as long as the longest row or as `longest`, and at least one
-        more slot. What there is keeps its right end."""
+        """A new block for `rows` rows, as long as the longest row or as `longest`, and at least one more
+        slot. What there is keeps its right end."""
         used = self.rows * self.K
         length = max([longest, *(self.length - pad for pad in self.pad)])
         shift = length - self.length
         start = max(-shift, 0)  # of what is kept, in the old block
         L, _, _, hd = self.keys.shape
-        shape = (L, rows * self.K, self.room_for(length + 1), hd)
-        new = []
-        for block in (self.keys, self.values):
+        shape = (L, row_room(rows) * self.K, self.room_for(length + 1), hd)
+        for name in ("keys", "values"):
+            block = getattr(self, name)
             fresh = torch.zeros(shape, dtype=block.dtype, device=block.device)
             fresh[:, :used, max(shift, 0) : length] = block[:, :used, start : self.length]
-            new.append(fresh)
-        self.keys, self.values = new
+            setattr(self, name, fresh)
         self.length, self.pad = length, [pad + shift for pad in self.pad]
         self.bias = torch.full(
-            (shape[1], 1, shape[2]), -math.inf, dtype=self.keys.dtype, device=new[0].device
+            (shape[1], 1, shape[2]), -math.inf, dtype=self.keys.dtype, device=self.keys.device
         )
         for row, pad in enumerate(self.pad):
             self.bias[row * self.K : (row + 1) * self.K, :, pad:length] = 0
 
     def room_for(self, slots: int) -> int:
         """Slots to have when so many are needed. A dense block is multiplied to its end: it stays tight."""
-        return -(-slots // 32) * 32 if self.dense else -(-(slots + slots // 4 + 32) // 64) * 64
+        return -(-slots // 32) * 32 if self.dense else -(-(slots + slots // 4) // 64) * 64
 
     def add(self, keys: torch.Tensor, values: torch.Tensor):
         """One more row, whose tokens have keys and values (L, K, T, hd)."""
         T, row, K = keys.shape[2], self.rows, self.K
         if row == 0:
             self.length = 0
-        capacity = self.keys.shape[1] // K
-        if T > self.length or row == capacity:
-            self.lay_out(max(capacity, 1) if row < capacity else 2 * row or 4, T)
+        if T > self.length or (row + 1) * K > self.keys.shape[1]:
+            self.lay_out(row + 1, T)
         here, slots = slice(row * K, (row + 1) * K), slice(self.length - T, self.length)
-        self.keys[:, here] = 0
-        self.values[:, here] = 0
-        self.keys[:, here, slots] = keys
-        self.values[:, here, slots] = values
+        for block, new in ((self.keys, keys), (self.values, values)):
+            block[:, here] = 0
+            block[:, here, slots] = new
         self.bias[here] = -math.inf
         self.bias[here, :, slots] = 0
         self.pad.append(self.length - T)
         self.rows += 1
 
+    def tidy(self):
+        """After rows have left: give back what is far more than the others need."""
+        if not self.rows:
+            self.length = 0
+            return self.lay_out(1)
+        longest = self.length - min(self.pad)
+        if longest < self.length // 2 or 2 * row_room(self.rows) * self.K < self.keys.shape[1]:
+            self.lay_out(self.rows)
+
+    @property
+    def full(self) -> bool:
+        return self.length == self.keys.shape[2]
+
     def next_slot(self) -> int:
         self.choose_kernel()
-        if self.length == self.keys.shape[2]:
-            self.lay_out(self.keys.shape[1] // self.K)
+        if self.full:
+            self.lay_out(self.rows)
         slot = self.length
         self.bias[: self.rows * self.K, :, slot] = 0
         self.length += 1
@@ -210,6 +231,11 @@ class RunningCache(KeyValueCache):
         """A copy of a row's keys and values, (L, K, T, hd)."""
         here, slots = slice(row * self.K, (row + 1) * self.K), slice(self.pad[row], self.length)
         return self.keys[:, here, slots].clone(), self.values[:, here, slots].clone()
+
+
+def row_room(rows: int) -> int:
+    """Rows to have when so many are needed."""
+    return 1 << max(rows - 1, 0).bit_length()
 
 
 @dataclass(eq=False)
@@ -226,36 +252,51 @@ class Known:
 
 
 class PrefixStore:
-    """Sequences with their keys and values, the most recently used last, up to so many bytes."""
+    """Sequences with their keys and values, up to so many bytes; the least recently used goes first. They are
+    found by their first tokens."""
 
     def __init__(self, limit: int):
-        self.limit, self.entries = limit, []
-
-    @property
-    def bytes(self) -> int:
-        return sum(entry.bytes for entry in self.entries)
+        self.limit, self.bytes = limit, 0
+        self.entries: dict[int, Known] = {}  # by number, the least recently used first
+        self.alike: dict[tuple, list[int]] = {}  # numbers of those that begin with these tokens
+        self.next = 0
 
     def find(self, prompt: list[int]) -> tuple[int, Known | None]:
         """(tokens in common, the entry that begins most like the prompt), or (0, None). At least one token of
         the prompt is left to be read, for the logits behind it."""
-        wanted, most, best = torch.tensor(prompt), SHORTEST_PREFIX - 1, None
-        for entry in self.entries:
-            n = min(len(entry.ids), len(prompt) - 1)
-            common = int((entry.ids[:n] == wanted[:n]).cumprod(0).sum())
+        wanted, most, best = torch.tensor(prompt), 0, None
+        for number in self.alike.get(tuple(prompt[:SHORTEST_PREFIX]), ()):
+            ids = self.entries[number].ids
+            n = min(len(ids), len(prompt) - 1)
+            common = int((ids[:n] == wanted[:n]).cumprod(0).sum())
             if common > most:
-                most, best = common, entry
-        if best is None:
+                most, best = common, number
+        if best is None or most < SHORTEST_PREFIX:
             return 0, None
-        self.entries.remove(best)
-        self.entries.append(best)
-        return most, best
+        self.entries[best] = self.entries.pop(best)
+        return most, self.entries[best]
 
     def put(self, new: Known):
         if len(new.ids) < SHORTEST_PREFIX or new.bytes > self.limit:
             return
-        self.entries = [e for e in self.entries if not begins_with(new.ids, e.ids)] + [new]
+        key = tuple(new.ids[:SHORTEST_PREFIX].tolist())
+        for number in list(self.alike.get(key, ())):  # what the new one contains is not needed any longer
+            if begins_with(new.ids, self.entries[number].ids):
+                self.remove(number)
+        self.alike.setdefault(key, []).append(self.next)
+        self.entries[self.next] = new
+        self.next += 1
+        self.bytes += new.bytes
         while self.bytes > self.limit:
-            self.entries.pop(0)
+            self.remove(next(iter(self.entries)))
+
+    def remove(self, number: int):
+        entry = self.entries.pop(number)
+        self.bytes -= entry.bytes
+        key = tuple(entry.ids[:SHORTEST_PREFIX].tolist())
+        self.alike[key].remove(number)
+        if not self.alike[key]:
+            del self.alike[key]
 
 
 def begins_with(ids: torch.Tensor, start: torch.Tensor) -> bool:
@@ -263,10 +304,11 @@ def begins_with(ids: torch.Tensor, start: torch.Tensor) -> bool:
 
 
 class Reading:
-    """A prompt that is being read."""
+    """Tokens that are being read: of a prompt, or again those of a row that had to make room."""
 
-    def __init__(self, request: Request, keys, values, done: int):
-        self.request, self.keys, self.values, self.done = request, keys, values, done
+    def __init__(self, request: Request, ids: list[int], keys, values, done: int, row: Row | None):
+        self.request, self.ids, self.keys, self.values = request, ids, keys, values
+        self.done, self.row = done, row
 
 
 class Batch:
@@ -275,9 +317,11 @@ class Batch:
     Args:
         engine: the weights.
         max_rows: rows in flight at once.
-        memory: bytes for keys and values of running rows. Rows share one block as long as its longest row, so
-            a request waits until the block would fit with it at its full length.
-        prefix_memory: bytes for those of finished ones.
+        memory: bytes for keys and values of running rows. Rows share one block as long as its longest row.
+            When it outgrows this, the youngest row makes room: it is read again, and goes on, as soon as it
+            fits. (While a block is laid out anew there are two for a moment, and a prompt that is being read
+            lies beside it.)
+        prefix_memory: bytes for those of finished rows.
         prefill_tokens: tokens of prompts read between two tokens of the running rows.
     """
 
@@ -296,24 +340,27 @@ class Batch:
         """Forget all requests."""
         engine = self.engine
         self.waiting: deque[Request] = deque()
+        self.paused: list[Row] = []  # had to make room; they come before all that wait
         self.reading: Reading | None = None
-        self.rows: list[Row] = []
+        self.rows: list[Row] = []  # in the order in which they came, but for those moved into a gap
         self.cache = RunningCache(self.L, engine.K, engine.hd, engine.cache_dtype, engine.device)
         self.logits: torch.Tensor | None = None  # (n, V) float32: of every row's next token
+        self.arrivals = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self.rows or self.reading or self.waiting)
+        return bool(self.rows or self.reading or self.paused or self.waiting)
 
     # ---- coming in -----------------------------------------------------------------------------------------
 
     def check(self, request: Request):
         """Raises ValueError when it could never be answered."""
         self.engine.check([request.prompt])
-        n, longest = request.sampling.num_return_sequences, self.longest(request)
+        n = request.sampling.num_return_sequences
+        longest = min(len(request.prompt) + request.sampling.max_new_tokens, self.limit)
         if n > self.max_rows:
             raise ValueError(f"{n} answers at once are more than the {self.max_rows} that run here")
-        if n * longest > self.slots:
+        if self.cache.size(n, longest) > self.slots:
             raise ValueError(
                 f"{n} x {longest} tokens need more memory than there is for keys and values, "
                 f"{self.slots} tokens: ask for fewer"
@@ -324,88 +371,124 @@ class Batch:
         self.check(request)
         self.waiting.append(request)
 
-    def longest(self, request: Request) -> int:
-        return min(len(request.prompt) + request.sampling.max_new_tokens, self.limit)
+    def fits(self, rows: int, tokens: int) -> bool:
+        """Is there room for so many more rows of so many tokens, and for all to grow a little?"""
+        n = len(self.rows) + rows
+        longest = max(tokens, *self.cache_lengths()) + HEADROOM
+        return n <= self.max_rows and (not self.rows or self.cache.size(n, longest) <= self.slots)
 
-    def fits(self, request: Request) -> bool:
-        running = {row.request for row in self.rows}
-        rows = len(self.rows) + request.sampling.num_return_sequences
-        longest = max(map(self.longest, (request, *running)))
-        return rows <= self.max_rows and rows * longest <= self.slots
+    def cache_lengths(self) -> list[int]:
+        return [0, *(len(row.request.prompt) + len(row.ids) for row in self.rows)]
+
+    def next_reading(self) -> Reading | None:
+        if self.paused:
+            row = self.paused[0]
+            ids = row.request.prompt + row.ids
+            return self.begin(row.request, ids, self.paused.pop(0)) if self.fits(1, len(ids)) else None
+        if self.waiting:
+            request = self.waiting[0]
+            if self.fits(request.sampling.num_return_sequences, len(request.prompt)):
+                return self.begin(self.waiting.popleft(), request.prompt, None)
+        return None
 
     def read(self):
         """Some tokens of waiting prompts; a prompt that is done becomes rows."""
         budget = self.prefill_tokens if self.rows else max(self.prefill_tokens, self.engine.prefill_tokens)
-        while budget > 0 and (self.reading or (self.waiting and self.fits(self.waiting[0]))):
-            if self.reading is None:
-                self.reading = self.begin(self.waiting.popleft())
+        while budget > 0:
+            self.reading = self.reading or self.next_reading()
             now = self.reading
-            request = now.request
-            part = request.prompt[now.done : now.done + budget]
-            logits = self.engine.extend(part, now.keys, now.values, now.done, request.score_prompt).float()
+            if now is None:
+                return
+            score = now.request.score_prompt and now.row is None
+            part = now.ids[now.done : now.done + budget]
+            logits = self.engine.extend(part, now.keys, now.values, now.done, score).float()
             now.done += len(part)
-            if request.score_prompt:
-                targets = request.prompt[now.done - len(part) + 1 : now.done + 1]
-                request.prompt_scores += scores_of(logits, targets, request.top_logprobs)
+            if score:
+                targets = now.ids[now.done - len(part) + 1 : now.done + 1]
+                now.request.prompt_scores += scores_of(logits, targets, now.request.top_logprobs or 0)
             budget -= len(part)
-            if now.done == len(request.prompt):
+            if now.done == len(now.ids):
                 self.join(now, logits[-1:])
                 self.reading = None
 
-    def begin(self, request: Request) -> Reading:
-        engine, T = self.engine, len(request.prompt)
-        shape = (self.L, engine.K, T, engine.hd)
+    def begin(self, request: Request, ids: list[int], row: Row | None) -> Reading:
+        engine = self.engine
+        shape = (self.L, engine.K, len(ids), engine.hd)
         keys, values = (torch.zeros(shape, dtype=engine.cache_dtype, device=engine.device) for _ in range(2))
-        done, known = (
-            self.prefixes.find(request.prompt) if request.reuse and not request.score_prompt else (0, None)
-        )
+        done, known = 0, None
+        if request.reuse and not request.score_prompt:
+            done, known = self.prefixes.find(ids)
         if known:
             keys[:, :, :done] = known.keys[:, :, :done]
             values[:, :, :done] = known.values[:, :, :done]
+        if row is None:
             request.reused_tokens = done
-        return Reading(request, keys, values, done)
+        return Reading(request, ids, keys, values, done, row)
 
     def join(self, now: Reading, logits: torch.Tensor):
-        """logits (1, V) behind the prompt."""
-        request = now.request
-        (seeds,) = row_seeds([request.prompt], request.sampling)
-        for number, seed in enumerate(seeds):
+        """logits (1, V) behind what was read."""
+        new = [now.row]
+        if now.row is None:
+            (seeds,) = row_seeds([now.ids], now.request.sampling)
+            new = [Row(now.request, number, seed, self.engine) for number, seed in enumerate(seeds)]
+            self.prefixes.put(Known(torch.tensor(now.ids), now.keys, now.values))
+        for row in new:
+            row.arrival, self.arrivals = self.arrivals, self.arrivals + 1
             self.cache.add(now.keys, now.values)
-            self.rows.append(Row(request, number, seed, self.engine))
-        logits = logits.expand(len(seeds), -1)
-        self.logits = logits.clone() if len(self.rows) == len(seeds) else torch.cat((self.logits, logits))
-        self.prefixes.put(Known(torch.tensor(request.prompt), now.keys, now.values))
+        logits = logits.expand(len(new), -1)
+        self.logits = torch.cat((self.logits, logits)) if self.rows else logits.clone()
+        self.rows += new
 
     # ---- one step ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self) -> list[News]:
-        """Read a little, then one token for every running row; an empty list when none is running yet."""
+        """One token for every running row, after reading a little; an empty list when none is running yet."""
         self.leave([i for i, row in enumerate(self.rows) if row.request.cancelled])
         self.waiting = deque(request for request in self.waiting if not request.cancelled)
+        self.paused = [row for row in self.paused if not row.request.cancelled]
         if self.reading and self.reading.request.cancelled:
             self.reading = None
+        self.make_room()
+        if self.rows:
+            fed = torch.tensor([row.ids[-1] for row in self.rows], device=self.engine.device)
+            self.logits = self.engine.decode(fed, self.cache).float()
         self.read()
         if not self.rows:
             return []
-        tokens, logprobs, tops = self.choose()
-        news = [self.take(*one) for one in zip(self.rows, tokens, logprobs, tops)]
+        news = [self.take(*one) for one in zip(self.rows, *self.choose())]
         finished = [i for i, new in enumerate(news) if new.finish_reason]
         for i in finished:
             self.remember(i)
         self.leave(finished)
-        if self.rows:
-            fed = torch.tensor([row.ids[-1] for row in self.rows], device=self.engine.device)
-            self.logits = self.engine.decode(fed, self.cache).float()
-        return news
+        return [new for new in news if not new.request.error]
 
-    def choose(self) -> tuple[list[int], list[float], list]:
-        """Every row's next token, its log-prob, and the likeliest tokens where they were asked for."""
+    def make_room(self):
+        """Before the block grows beyond its memory, the youngest rows leave for a while."""
+        while self.rows and self.cache.full:
+            if (
+                len(self.rows) == 1
+                or self.cache.size(len(self.rows), max(self.cache_lengths())) <= self.slots
+            ):
+                return
+            youngest = max(range(len(self.rows)), key=lambda i: self.rows[i].arrival)
+            self.remember(youngest)
+            self.paused.insert(0, self.rows[youngest])
+            self.leave([youngest])
+
+    def choose(self) -> tuple[list[int], list[float], list, list]:
+        """Every row's next token, its log-prob, and where they were asked for its score and the likeliest
+        tokens."""
         n, logits = len(self.rows), self.logits
-        tops = [likeliest_few(logits[i], row.request.top_logprobs) for i, row in enumerate(self.rows)]
-        changed = [i for i, row in enumerate(self.rows) if not row.plain]
-        for i in changed:
-            logits[i] = self.rows[i].adjust(logits[i])
+        plain = {
+            i: logits[i].clone() for i, row in enumerate(self.rows) if row.request.top_logprobs is not None
+        }
+        for i, row in enumerate(self.rows):
+            if not row.plain:
+                try:
+                    logits[i] = row.adjust(logits[i])
+                except Exception as error:  # of a guide: the others must not suffer
+                    row.fail(error)
         uniform = torch.tensor([row.uniform() for row in self.rows], device=logits.device)
         groups: dict[tuple, list[int]] = {}
         for i, row in enumerate(self.rows):
@@ -420,11 +503,19 @@ class Batch:
             drawn = sample(part[0], sampling, part[1], seen)
             for i, token, logprob in zip(members, *(t.tolist() for t in drawn)):
                 tokens[i], logprobs[i] = token, logprob
-        return tokens, logprobs, tops
+        scores, tops = [None] * n, [()] * n
+        for i, row_logits in plain.items():
+            ((scores[i], tops[i]),) = scores_of(
+                row_logits[None], tokens[i : i + 1], self.rows[i].request.top_logprobs
+            )
+        return tokens, logprobs, scores, tops
 
-    def take(self, row: Row, token: int, logprob: float, top) -> News:
+    def take(self, row: Row, token: int, logprob: float, score: float | None, top) -> News:
         request, s = row.request, row.request.sampling
-        row.take(token)
+        try:
+            row.take(token)
+        except Exception as error:
+            row.fail(error)
         full = len(row.ids) >= s.max_new_tokens or len(request.prompt) + len(row.ids) >= self.limit
         reason = (
             "eos"
@@ -440,9 +531,11 @@ class Batch:
             piece = row.text.put(token, last=reason is not None)
             if row.text.stopped:
                 reason = "stop"
-        return News(request, row.number, token, logprob, piece, reason, top)
+        return News(request, row.number, token, logprob, piece, reason, score, top)
 
     def remember(self, i: int):
+        if not self.prefixes.limit:
+            return
         row = self.rows[i]
         keys, values = self.cache.row(i)
         self.prefixes.put(Known(torch.tensor(row.request.prompt + row.ids[:-1]), keys, values))
@@ -457,18 +550,13 @@ class Batch:
             keep.pop()
         self.rows = [self.rows[i] for i in keep]
         self.logits = self.logits[keep]
+        self.cache.tidy()
 
 
-def likeliest_few(logits: torch.Tensor, count: int) -> list[tuple[int, float]] | None:
-    """logits (V,) -> (token, log-probability at temperature 1) of the likeliest."""
-    if not count:
-        return None
-    logprobs, ids = torch.log_softmax(logits, dim=-1).topk(min(count, len(logits)))
-    return list(zip(ids.tolist(), logprobs.tolist()))
-
-
-def scores_of(logits: torch.Tensor, targets: list[int], count: int) -> list[tuple[float, list | None]]:
-    """logits (T, V) -> for each of the targets, at most T, its log-probability and the likeliest tokens."""
+def scores_of(logits: torch.Tensor, targets: list[int], count: int) -> list[tuple[float, list]]:
+    """logits (T, V) -> for each of the targets, at most T, its log-probability at temperature 1, and so many
+    of the likeliest tokens with theirs."""
     logprobs = torch.log_softmax(logits[: len(targets)], dim=-1)
     own = logprobs[torch.arange(len(targets)), targets].tolist()
-    return [(score, likeliest_few(row, count)) for score, row in zip(own, logprobs)]
+    values, ids = logprobs.topk(min(count, logprobs.shape[1]))
+    return [(score, list(zip(*pair))) for score, *pair in zip(own, ids.tolist(), values.tolist())]

@@ -174,6 +174,8 @@ def speaker(args):
         client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key, timeout=300)
         try:
             name = args.model or next(iter(client.models.list())).id
+        except StopIteration:
+            raise CheckpointError(f"{args.base_url} lists no models: name one with --model") from None
         except openai.OpenAIError as error:
             raise CheckpointError(explain(error, args.base_url)) from None
         settings = {"temperature": 0.0, "max_tokens": args.max_new_tokens}
@@ -215,9 +217,18 @@ def main(args):
         return ask_yourself(speak, args.rounds)
     items = read_items(args.data_path, args.num_items) if args.data_path else fixed_items()
     items = items[: args.num_items or None]
+    if not items:
+        raise CheckpointError(f"{args.data_path} has no questions")
     results, start = [], time.perf_counter()
     for number, item in enumerate(items, 1):
-        results.append(play(speak, item, args.rounds))
+        try:
+            results.append(play(speak, item, args.rounds))
+        except ValueError as error:  # longer than the model's context, say
+            raise CheckpointError(f"question {number}: {error}") from None
+        except Exception as error:
+            if not type(error).__module__.startswith("openai"):
+                raise
+            raise CheckpointError(f"question {number}: {explain(error, args.base_url)}") from None
         show(results[-1], number, len(items), args.verbose)
     n = len(results)
     metrics = {
@@ -229,12 +240,20 @@ def main(args):
     seconds = time.perf_counter() - start
     print(f"\n{name}: {n} questions in {seconds:.0f} s")
     for metric, share in metrics.items():
-        print(f"  {metric:15} {share:6.1%} ± {1.96 * math.sqrt(share * (1 - share) / n):.1%}")
+        low, high = wilson(share, n)
+        print(f"  {metric:15} {share:6.1%}   (95 %: {low:.0%} to {high:.0%})")
     if args.json:
         content = {"model": name, "metrics": metrics, "seconds": seconds, "items": results}
         temporary = args.json.with_suffix(".part")
         temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
         temporary.replace(args.json)
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share of n (Wilson 1927): at 0 or 1 it is still one."""
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return middle - half, middle + half
 
 
 def show(result: dict, number: int, count: int, verbose: bool):

@@ -2,6 +2,8 @@
 the worker."""
 
 import asyncio
+import json
+import logging
 import time
 
 from dataset.lm_dataset import DataError, TextEncoder
@@ -14,10 +16,11 @@ from scripts.serve_protocol import (
     CompletionRequest,
     ProtocolError,
     called,
-    error_body,
     sse,
 )
-from scripts.serve_worker import Overdue
+from scripts.serve_worker import Overdue, Refused, Unanswerable
+
+log = logging.getLogger("minimind")
 
 
 class Served:
@@ -45,6 +48,12 @@ class Served:
         except ImportError:
             say("llguidance is not installed: response_format and forced tool calls are refused")
         self.token_texts = TextEncoder.of(self.tokenizer).token_texts()
+        self.longest_token = max(map(len, self.token_texts))
+
+    def refuse_long(self, text: str, messages: int):
+        """Before a text is encoded, which nothing can interrupt: one that is too long however it is cut."""
+        if len(text) > self.max_len * self.longest_token or messages > self.max_len // 4:
+            self.room([0] * (self.max_len + 1), None, 0)
 
     def room(self, prompt: list[int], wanted: int | None, default: int) -> int:
         """How many tokens the answer may have. Raises ProtocolError when the prompt leaves none."""
@@ -52,7 +61,7 @@ class Served:
         if left < 1:
             raise ProtocolError(
                 400,
-                f"the prompt has {len(prompt)} tokens; {self.name} takes {self.max_len}, answer included",
+                f"the prompt has {len(prompt)} tokens or more; {self.name} takes {self.max_len} in all",
                 "messages",
                 "context_length_exceeded",
             )
@@ -64,9 +73,12 @@ class Served:
 
 
 def encode_chat(served: Served, body: ChatRequest, tools, thinking: bool) -> list[int]:
+    messages = [message.plain() for message in body.messages]
+    served.refuse_long(json.dumps([messages, tools], ensure_ascii=False, default=str), len(messages))
     try:
-        return served.encode([message.plain() for message in body.messages], thinking, tools)
-    except (DataError, UnicodeError, RecursionError) as error:
+        return served.encode(messages, thinking, tools)
+    except (DataError, ValueError, TypeError, RecursionError) as error:
+        # The tokenizer's own error for half of a surrogate pair is a TypeError.
         raise ProtocolError(400, " ".join(str(error).split())[:500], "messages") from None
 
 
@@ -74,28 +86,37 @@ def encode_text(served: Served, prompt: str | list[int]) -> list[int]:
     """bos and the text, as in pretraining; ids as they are."""
     if not isinstance(prompt, str):
         return prompt
+    served.refuse_long(prompt, 0)
     encoder = TextEncoder.of(served.tokenizer)
     try:
         return [encoder.bos, *encoder.plain.encode(prompt, add_special_tokens=False).ids]
-    except UnicodeError:
+    except (TypeError, ValueError):
         raise ProtocolError(400, "prompt holds half of a surrogate pair", "prompt") from None
 
 
 def guide_of(served: Served, body: ChatRequest, tools, thinking: bool):
+    """What an answer has to look like, for `Request.guide`; None: whatever it likes."""
     forced, form = body.forced(), body.response_format
-    wants_json = form is not None and form.type != "text"
-    if not forced and not wants_json:
-        return None
-    if served.guides is None:
-        raise ProtocolError(400, "this server cannot force a form: install llguidance", "response_format")
-    if forced:
-        return served.guides.tool_call(tools, forced, body.parallel_tool_calls is False, thinking)
     schema = None
-    if form.type == "json_schema":
+    if form is not None and form.type == "json_object":
+        schema = {"type": "object"}
+    elif form is not None and form.type == "json_schema":
         schema = form.json_schema.json_schema if form.json_schema else None
         if schema is None:
             raise ProtocolError(400, "response_format: json_schema.schema is missing", "response_format")
-    return served.guides.json(schema, thinking)
+    if not forced and schema is None:
+        return None
+    if forced and schema is not None:
+        text = "a tool call is forced, so response_format could not be followed: send one of the two"
+        raise ProtocolError(400, text, "response_format")
+    if served.guides is None:
+        raise ProtocolError(400, "this server cannot force a form: install llguidance", "response_format")
+    allowed = [tool for tool in tools or () if not forced or tool["function"]["name"] in forced]
+    try:
+        return served.guides.make(schema, allowed, bool(forced), body.parallel_tool_calls is False, thinking)
+    except (ValueError, TypeError, RecursionError) as error:
+        param = "tools" if forced else "response_format"
+        raise ProtocolError(400, f"{param}: {' '.join(str(error).split())[:400]}", param) from None
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -131,8 +152,8 @@ class ChatAnswer:
         return delta, [self.logprob_entry(new)] if self.wants_logprobs else []
 
     def logprob_entry(self, new) -> dict:
-        top = [self.served.token_entry(*one) for one in new.top or ()]
-        return self.served.token_entry(new.token, new.logprob) | {"top_logprobs": top}
+        top = [self.served.token_entry(*one) for one in new.top]
+        return self.served.token_entry(new.token, new.score) | {"top_logprobs": top}
 
 
 async def chat_deltas(stream, answers: list[ChatAnswer]):
@@ -164,7 +185,7 @@ class TextAnswer:
     def __init__(self, served: Served, body: CompletionRequest, request: Request, text: str):
         self.served, self.body, self.request = served, body, request
         self.echo = text if body.echo else None
-        self.offset = 0
+        self.offset, self.bos = 0, TextEncoder.of(served.tokenizer).bos
         self.tokens = 0
         self.finish_reason: str | None = None
 
@@ -179,9 +200,10 @@ class TextAnswer:
         if self.body.max_tokens != 0:
             self.tokens += 1
             text += new.piece
-            entries.append((new.token, new.logprob, new.top))
+            entries.append((new.token, new.score, new.top))
         if new.finish_reason:
-            self.finish_reason = "length" if new.finish_reason == "length" else "stop"
+            cut = new.finish_reason == "length" or self.body.max_tokens == 0
+            self.finish_reason = "length" if cut else "stop"
         return text, self.logprobs(entries) if self.body.logprobs is not None else None
 
     def logprobs(self, entries: list) -> dict:
@@ -195,7 +217,7 @@ class TextAnswer:
             }
             found["top_logprobs"].append(likeliest if top else None)
             found["text_offset"].append(self.offset)
-            self.offset += len(text)
+            self.offset += len(text) if token != self.bos else 0  # it is not part of the text
         return found
 
 
@@ -239,10 +261,22 @@ async def guarded(events):
         async for event in events:
             yield event
         yield sse("[DONE]")
-    except Overdue as error:
-        yield sse(error_body(504, str(error), None, "timeout"))
-    except Exception:
-        yield sse(error_body(500, "the server failed to answer; its log says why"))
+    except Exception as error:
+        yield sse(error_of(error).body())
+
+
+def error_of(error: Exception) -> ProtocolError:
+    """What a client is told about an answer that was not given."""
+    if isinstance(error, ProtocolError):
+        return error
+    if isinstance(error, Overdue):
+        return ProtocolError(504, str(error), None, "timeout")
+    if isinstance(error, Refused):
+        return ProtocolError(503, str(error), None, "shutting_down")
+    if isinstance(error, Unanswerable):
+        return ProtocolError(400, str(error))
+    log.error("an answer failed", exc_info=error)
+    return ProtocolError(500, "the server failed to answer; its log says why")
 
 
 async def chat_events(stream, answers: list[ChatAnswer], head: dict, body: ChatRequest, usage):

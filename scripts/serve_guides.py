@@ -9,14 +9,12 @@ import json
 import numpy as np
 import torch
 
-from scripts.serve_protocol import ProtocolError
-
 COMPACT = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}  # as in the data
 
 
 class Guide:
     """One answer on its way through a grammar. With `after`, the token that ends thoughts, the grammar begins
-    behind it."""
+    behind it. Raises ValueError when the grammar cannot go on, as when it became too complex."""
 
     def __init__(self, matcher, vocab_size: int, after: int | None = None):
         self.matcher, self.vocab_size, self.after = matcher, vocab_size, after
@@ -26,6 +24,7 @@ class Guide:
         if self.after is not None:
             return None
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        self.check()
         return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.vocab_size].astype(bool))
 
     def take(self, token: int):
@@ -33,10 +32,17 @@ class Guide:
             self.after = None if token == self.after else self.after
         elif not self.matcher.is_stopped():
             self.matcher.consume_token(token)
+            self.check()
+
+    def check(self):
+        if self.matcher.is_error():
+            raise ValueError(
+                f"the answer cannot be made to follow its schema: {self.matcher.get_error()[:300]}"
+            )
 
 
 class Guides:
-    """Grammars for one tokenizer. Each method gives what `Request.guide` takes."""
+    """Grammars for one tokenizer, as `Request.guide` takes them."""
 
     def __init__(self, tokenizer, vocab_size: int, eos: int):
         from llguidance.hf import from_tokenizer
@@ -46,40 +52,41 @@ class Guides:
         tags = ("<tool_call>", "</tool_call>", "</think>")
         self.open, self.close, self.think_end = (tokenizer.convert_tokens_to_ids(tag) for tag in tags)
 
-    def json(self, schema: dict | None, thinking: bool):
-        """JSON of a schema (None: any object)."""
+    def make(self, schema: dict | None, tools: list[dict], forced: bool, single: bool, thinking: bool):
+        """A maker of guides.
+
+        Args:
+            schema: JSON schema of an answer in words; None = there is none.
+            tools: what may be called instead, and with `forced` must be.
+            single: one call only.
+            thinking: the form begins behind the thoughts.
+        """
         from llguidance import LLMatcher
 
-        schema = {"type": "object"} if schema is None else schema
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=COMPACT)
-        return self.maker(grammar, thinking, "response_format")
-
-    def tool_call(self, tools: list[dict], names: list[str], single: bool, thinking: bool):
-        """Calls of the tools of these names, one or (not single) several."""
-        from llguidance import LLMatcher
-
-        shapes = []
-        for tool in tools:
-            function = tool["function"]
-            if function["name"] in names:
-                arguments = function.get("parameters") or {"type": "object"}
-                fields = {"name": {"const": function["name"]}, "arguments": arguments}
-                shapes.append({"type": "object", "properties": fields, "required": list(fields)})
-        for shape in shapes:
-            shape["additionalProperties"] = False
-        schema = json.dumps({"x-guidance": COMPACT, "anyOf": shapes})
-        start = "start: call" if single else r'start: call ("\n" call)*'
-        grammar = LLMatcher.grammar_from_lark(
-            f'{start}\ncall: <[{self.open}]> "\\n" body "\\n" <[{self.close}]>\nbody: %json {schema}\n'
-        )
-        return self.maker(grammar, thinking, "tools")
-
-    def maker(self, grammar: str, thinking: bool, param: str):
-        from llguidance import LLMatcher
-
-        fault = LLMatcher(self.tokens, grammar, log_level=0).get_error()
-        if fault:
-            reason = " ".join(fault.split())[:300]
-            raise ProtocolError(400, f"{param}: this schema cannot be followed: {reason}", param)
+        rules, calls = [], []
+        for i, tool in enumerate(tools):
+            name, parameters = tool["function"]["name"], tool["function"].get("parameters") or {}
+            arguments = json.dumps({**parameters, "type": "object", "x-guidance": COMPACT})
+            start, end = (json.dumps(text) for text in (f'{{"name": "{name}", "arguments": ', "}"))
+            rules += [f"call{i}: {start} arguments{i} {end}", f"arguments{i}: %json {arguments}"]
+            calls.append(f"call{i}")
+        starts = []
+        if tools:
+            rules.append(f'call: <[{self.open}]> "\\n" ({" | ".join(calls)}) "\\n" <[{self.close}]>')
+            starts.append("call" if single else 'call ("\\n" call)*')
+        if schema is not None and not forced:
+            rules.append("words: %json " + json.dumps({**schema, "x-guidance": COMPACT}))
+            starts.append("words")
+        grammar = "\n".join([f"start: {' | '.join(starts)}", *rules, ""])
+        first = LLMatcher(self.tokens, grammar_of(grammar), log_level=0)
+        if first.get_error():
+            reason = " ".join(first.get_error().split())[:300]
+            raise ValueError(f"a schema cannot be followed: {reason}")
         after = self.think_end if thinking else None
-        return lambda: Guide(LLMatcher(self.tokens, grammar, log_level=0), self.vocab_size, after)
+        return lambda: Guide(first.deep_copy(), self.vocab_size, after)
+
+
+def grammar_of(lark: str) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_lark(lark)

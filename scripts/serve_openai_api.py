@@ -26,10 +26,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
 
+import uvicorn
 from fastapi import Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import eval_llm
@@ -43,16 +44,18 @@ from scripts.serve_answers import (
     chat_events,
     encode_chat,
     encode_text,
+    error_of,
     guarded,
     guide_of,
     merged,
     text_events,
 )
 from scripts.serve_protocol import ChatRequest, CompletionRequest, ProtocolError, error_body, new_id, usage_of
-from scripts.serve_worker import Overdue, Refused, Worker
+from scripts.serve_worker import Overdue, Refused, Unanswerable, Worker
 from trainer import cli
 
 ALIAS = "minimind"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def parse_args(argv=None):
@@ -158,10 +161,15 @@ def load_models(args) -> dict[str, "Served"]:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def api_keys(args) -> list[str]:
+    given = [*args.api_key, *os.environ.get("MINIMIND_API_KEY", "").split(",")]
+    return [key.strip() for key in given if key.strip()]
+
+
 def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
-    keys = [*args.api_key, *filter(None, os.environ.get("MINIMIND_API_KEY", "").split(","))]
+    keys = api_keys(args)
     errors = {
-        status: {"model": protocol.ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503, 504)
+        status: {"model": protocol.ErrorResponse} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
     }
 
     @asynccontextmanager
@@ -170,6 +178,8 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
         yield
         await asyncio.to_thread(worker.stop)
 
+    about = "the answer; with stream: true its events"
+    either = {200: {"description": about, "content": {"text/event-stream": {}}}}
     app = FastAPI(title="MiniMind", description=__doc__, lifespan=lifespan, responses=errors)
 
     def check_key(http: HttpRequest):
@@ -189,21 +199,34 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
             )
         return models[name]
 
+    def check(served: Served, request: Request):
+        try:
+            served.batch.check(request)
+        except ValueError as error:
+            raise ProtocolError(400, str(error)) from None
+
     def submit(served: Served, request: Request, http: HttpRequest):
-        client = http.headers.get("authorization") or (http.client.host if http.client else "")
+        host = http.client.host if http.client else ""
+        client = (
+            http.headers.get("authorization", host) if keys else host
+        )  # a key that nobody checks is no name
         try:
             return worker.submit(served.name, request, client)
-        except Refused:
-            raise ProtocolError(
-                429, "too many requests wait already: try again later", None, "queue_full"
-            ) from None
+        except Refused as error:
+            status, code = (503, "shutting_down") if worker.closing else (429, "queue_full")
+            raise ProtocolError(status, str(error), None, code) from None
         except ValueError as error:
             raise ProtocolError(400, str(error)) from None
 
     # ---- chat ----------------------------------------------------------------------------------------------
 
+    needs_key = [Depends(check_key)]
+
     @app.post(
-        "/v1/chat/completions", dependencies=[Depends(check_key)], response_model=protocol.ChatCompletion
+        "/v1/chat/completions",
+        dependencies=needs_key,
+        response_model=protocol.ChatCompletion,
+        responses=either,
     )
     async def chat(body: ChatRequest, http: HttpRequest):
         served, thinking = find(body.model), body.thinking()
@@ -211,7 +234,7 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
             raise ProtocolError(
                 400, f"{served.name} continues text and does not chat: use /v1/completions", "model"
             )
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise ProtocolError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         tools = body.offered()
         prompt = await asyncio.to_thread(encode_chat, served, body, tools, thinking)
@@ -222,8 +245,8 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
             frequency_penalty=body.frequency_penalty or 0.0,
             presence_penalty=body.presence_penalty or 0.0,
             logit_bias=body.biases(served.vocab_size),
-            top_logprobs=body.top_logprobs or 0,
-            guide=guide_of(served, body, tools, thinking),
+            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            guide=await asyncio.to_thread(guide_of, served, body, tools, thinking),
             reuse=body.seed is None,
         )
         stream = submit(served, request, http)
@@ -238,7 +261,7 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
 
         if body.stream:
             events = chat_events(stream, answers, head | {"object": "chat.completion.chunk"}, body, usage)
-            return event_stream(events)
+            return EventStream(events, [stream])
         messages = [{"role": "assistant", "content": None} for _ in answers]
         logprobs: list[list] = [[] for _ in answers]
         async with watched(http, stream):
@@ -261,7 +284,7 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
 
     # ---- plain text ----------------------------------------------------------------------------------------
 
-    @app.post("/v1/completions", dependencies=[Depends(check_key)], response_model=protocol.Completion)
+    @app.post("/v1/completions", dependencies=needs_key, response_model=protocol.Completion, responses=either)
     async def complete(body: CompletionRequest, http: HttpRequest):
         served = find(body.model)
         if body.suffix:
@@ -286,12 +309,13 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
                     frequency_penalty=body.frequency_penalty or 0.0,
                     presence_penalty=body.presence_penalty or 0.0,
                     logit_bias=body.biases(served.vocab_size),
-                    top_logprobs=body.logprobs or 0,
+                    top_logprobs=body.logprobs,
                     score_prompt=bool(body.echo) and body.logprobs is not None,
                     reuse=body.seed is None,
                 )
             )
-            text = text if isinstance(text, str) else served.tokenizer.decode(prompt)
+            check(served, requests[-1])
+            text = text if isinstance(text, str) or not body.echo else served.tokenizer.decode(prompt)
             answers += [TextAnswer(served, body, requests[-1], text) for _ in range(n)]
         streams = []
         try:
@@ -320,7 +344,7 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
                     yield index, *answers[index].put(new), answers[index].finish_reason
 
         if body.stream:
-            return event_stream(text_events(pieces(), head, body, usage))
+            return EventStream(text_events(pieces(), head, body, usage), streams)
         choices = [
             {"index": i, "text": "", "logprobs": None, "finish_reason": None} for i in range(len(answers))
         ]
@@ -343,11 +367,11 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
             id=served.name, created=served.created, max_model_len=served.max_len
         ).model_dump()
 
-    @app.get("/v1/models", dependencies=[Depends(check_key)], response_model=protocol.ModelList)
+    @app.get("/v1/models", dependencies=needs_key, response_model=protocol.ModelList)
     async def list_models():
         return {"object": "list", "data": [card(served) for served in models.values()]}
 
-    @app.get("/v1/models/{name}", dependencies=[Depends(check_key)], response_model=protocol.Model)
+    @app.get("/v1/models/{name}", dependencies=needs_key, response_model=protocol.Model)
     async def one_model(name: str):
         return card(find(name))
 
@@ -357,7 +381,7 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
             raise ProtocolError(503, "the thread that computes has ended")
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics():
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -385,12 +409,11 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
         return JSONResponse(error_body(error.status_code, text), error.status_code, error.headers)
 
     @app.exception_handler(Overdue)
-    async def overdue(_, error):
-        return JSONResponse(error_body(504, str(error), None, "timeout"), 504)
-
-    @app.exception_handler(Exception)
+    @app.exception_handler(Refused)
+    @app.exception_handler(Unanswerable)
     async def failed(_, error):
-        return JSONResponse(error_body(500, "the server failed to answer; its log says why"), 500)
+        body = error_of(error)
+        return JSONResponse(body.body(), body.status)
 
     if args.cors_origin:
         from fastapi.middleware.cors import CORSMiddleware
@@ -398,7 +421,8 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=args.cors_origin, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(BodyLimit, limit=int(args.max_body_mb * 2**20))
+    local = args.host in LOOPBACK and not keys
+    app.add_middleware(Gate, limit=int(args.max_body_mb * 2**20), local=local)
     return app
 
 
@@ -407,9 +431,20 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def event_stream(events) -> StreamingResponse:
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(guarded(events), media_type="text/event-stream", headers=headers)
+class EventStream(StreamingResponse):
+    """Server-sent events; whatever ends it, also before the first event, gives its requests up."""
+
+    def __init__(self, events, streams: list):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(guarded(events), media_type="text/event-stream", headers=headers)
+        self.streams = streams
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for stream in self.streams:
+                stream.cancel()
 
 
 @asynccontextmanager
@@ -430,16 +465,26 @@ async def watched(http: HttpRequest, *streams):
         task.cancel()
 
 
-class BodyLimit:
-    """Refuses larger requests before they are in memory (ASGI middleware)."""
+class Gate:
+    """What is checked before the app sees a request (ASGI middleware): its size, before it is in memory; and
+    for a server that listens on this machine alone, the name it was asked by. Else a web page could have its
+    own name point to 127.0.0.1, and read what the server says (DNS rebinding)."""
 
-    def __init__(self, app, limit: int):
-        self.app, self.limit = app, limit
+    LOCAL = {"localhost", "127.0.0.1", "[::1]", "host.docker.internal"}
+
+    def __init__(self, app, limit: int, local: bool):
+        self.app, self.limit, self.local = app, limit, local
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
+        name = headers.get(b"host", b"localhost").decode("latin-1").lower()
+        name = name[: name.rfind(":")] if ":" in name and not name.endswith("]") else name
+        if self.local and name not in self.LOCAL and not name.endswith(".localhost"):
+            text = f"this server answers on this machine only, not as {name[:80]}: see --host"
+            return await JSONResponse(error_body(403, text), 403)(scope, receive, send)
+        declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.limit:
             return await self.refuse(scope, receive, send)
         seen, answered = 0, False
@@ -462,6 +507,11 @@ class BodyLimit:
             await self.app(scope, counted, noted)
         except TooLarge:
             pass
+        except Exception as error:  # caught here, the connection stays; further out it would be closed
+            if answered:
+                raise
+            body = error_of(error)
+            await JSONResponse(body.body(), body.status)(scope, receive, noted)
         if seen > self.limit and not answered:
             await self.refuse(scope, receive, send)
 
@@ -474,8 +524,21 @@ class TooLarge(Exception):
     pass
 
 
+class Server(uvicorn.Server):
+    """Ctrl-C and SIGTERM: what runs may finish, within --shutdown_seconds; what waits is refused; a second
+    one ends at once. The process ends with 0."""
+
+    def __init__(self, config, worker: Worker):
+        super().__init__(config)
+        self.worker = worker
+
+    def handle_exit(self, sig, frame):
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self.worker.close()
+
+
 def main(args):
-    import uvicorn
 
     from trainer import runtime
 
@@ -492,12 +555,11 @@ def main(args):
     models = load_models(args)
     worker = Worker({name: served.batch for name, served in models.items()}, args.max_waiting, args.timeout)
     config.app = create_app(models, worker, args)
-    keys = args.api_key or os.environ.get("MINIMIND_API_KEY")
-    if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
+    if args.host not in LOOPBACK and not api_keys(args):
         eval_llm.say(f"warning: anybody who reaches {args.host} can use this server: set --api_key")
     shown = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
     eval_llm.say(f"serving {', '.join(models)} at http://{shown}:{address.getsockname()[1]}/v1")
-    uvicorn.Server(config).run(sockets=[address])
+    Server(config, worker).run(sockets=[address])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ repetition_penalty, stop_token_ids, ignore_eos, chat_template_kwargs, reasoning_
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from typing import Any, Literal
 
@@ -30,12 +31,18 @@ class ProtocolError(Exception):
         return error_body(self.status, self.message, self.param, self.code)
 
 
-KINDS = {401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error"}
+KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+}
 KINDS |= {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict:
     kind = KINDS.get(status, "invalid_request_error")
+    message, param = (text and text.encode("utf-8", "replace").decode()[:500] for text in (message, param))
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -86,6 +93,8 @@ class Message(Open):
             message["content"] = [p if isinstance(p, str) else p.model_dump() for p in self.content]
         if self.role == "tool" and self.content is None:
             message["content"] = ""
+        if getattr(self, "function_call", None):
+            raise ProtocolError(400, "function_call is the old form: send tool_calls", "messages")
         if self.role == "assistant":
             if self.tool_calls:
                 message["tool_calls"] = [call.function.model_dump() for call in self.tool_calls]
@@ -162,11 +171,11 @@ class Common(Strict):
             raise ProtocolError(400, "stop must be at most 16 texts, none of them empty", "stop")
         return Sampling(
             max_new_tokens=max_tokens,
-            temperature=or_default(self.temperature, 0.7),
-            top_p=or_default(self.top_p, 0.92),
+            temperature=at_least(0.01, or_default(self.temperature, 0.7)),
+            top_p=at_least(1e-6, or_default(self.top_p, 0.92)),
             top_k=max(or_default(self.top_k, 0), 0),
             min_p=or_default(self.min_p, 0.0),
-            repetition_penalty=or_default(self.repetition_penalty, 1.0),
+            repetition_penalty=at_least(0.01, or_default(self.repetition_penalty, 1.0)),
             num_return_sequences=or_default(self.n, 1),
             seed=None if self.seed is None else self.seed % (1 << 62),
             ignore_eos=bool(self.ignore_eos),
@@ -177,7 +186,7 @@ class Common(Strict):
     def biases(self, vocab_size: int) -> dict[int, float]:
         found = {}
         for token, bias in (self.logit_bias or {}).items():
-            if not token.isdecimal() or int(token) >= vocab_size:
+            if not re.fullmatch(r"\d{1,9}", token, re.ASCII) or int(token) >= vocab_size:
                 raise ProtocolError(
                     400, f"logit_bias: {token[:40]!r} is no token of this model", "logit_bias"
                 )
@@ -189,6 +198,11 @@ class Common(Strict):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def at_least(least: float, value: float) -> float:
+    """Settings that are nearly 0 divide logits into infinity; 0 itself is greedy."""
+    return max(value, least) if value else value
 
 
 class ChatRequest(Common):
@@ -216,10 +230,16 @@ class ChatRequest(Common):
     def thinking(self) -> bool:
         """Does the answer begin with thoughts? By any of the names that clients have for it."""
         known = {"open_thinking": self.open_thinking, **(self.chat_template_kwargs or {})}
-        unknown = set(known) - {"open_thinking", "enable_thinking", "add_generation_prompt"}
-        if unknown:
-            name = f"chat_template_kwargs.{sorted(unknown)[0]}"
-            raise ProtocolError(400, f"{name} is unknown: use open_thinking or enable_thinking", name)
+        for name, value in known.items():
+            where = f"chat_template_kwargs.{name}"
+            if name not in ("open_thinking", "enable_thinking"):
+                raise ProtocolError(400, f"{where} is unknown: use open_thinking or enable_thinking", where)
+            if (
+                value not in (None, True, False)
+                or isinstance(value, (int, float))
+                and not isinstance(value, bool)
+            ):
+                raise ProtocolError(400, f"{where} must be true or false", where)
         if self.reasoning_effort not in (None, "none"):
             return True
         return bool(known.get("open_thinking") or known.get("enable_thinking"))
@@ -458,5 +478,9 @@ def called(call: dict, index: int | None = None) -> dict:
 
 def sse(data: dict | str) -> bytes:
     """One server-sent event."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = (
+        data
+        if isinstance(data, str)
+        else json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    )
     return f"data: {text}\n\n".encode()

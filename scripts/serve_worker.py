@@ -27,11 +27,15 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 6
 
 
 class Refused(Exception):
-    """There is no room for another request now."""
+    """Not now: too many wait, or the server ends."""
 
 
 class Overdue(Exception):
     """The time for a request is over."""
+
+
+class Unanswerable(Exception):
+    """What was asked for turned out to be impossible on the way."""
 
 
 class Metrics:
@@ -115,7 +119,7 @@ class Worker:
         self.queues: dict[str, OrderedDict[str, deque[Stream]]] = {name: OrderedDict() for name in batches}
         self.in_line = {name: 0 for name in batches}  # how many of them wait
         self.streams: dict[Request, Stream] = {}  # given to a batch, or waiting
-        self.change, self.stopping = threading.Condition(), False
+        self.change, self.stopping, self.closing = threading.Condition(), False, False
         self.threads = torch.get_num_threads()
         self.thread = threading.Thread(target=self.run, name="worker", daemon=True)
 
@@ -123,6 +127,10 @@ class Worker:
 
     def start(self):
         self.thread.start()
+
+    def close(self):
+        """No more requests, and those that have not begun end; may be called from a signal handler."""
+        self.closing = True
 
     def stop(self):
         self.stopping = True
@@ -140,8 +148,10 @@ class Worker:
     def submit(self, model: str, request: Request, client: str) -> Stream:
         """Raises Refused when too many wait, ValueError when it could never be answered."""
         self.batches[model].check(request)
+        if self.closing or not self.thread.is_alive():
+            raise Refused("the server is shutting down")
         if self.num_waiting >= self.max_waiting:
-            raise Refused
+            raise Refused("too many requests wait already: try again later")
         stream = Stream(self, model, request, client, self.timeout)
         self.inbox.append(stream)
         self.nudge()
@@ -155,15 +165,27 @@ class Worker:
             with self.change:
                 while not (self.stopping or self.inbox or self.streams):
                     self.change.wait()
-            self.sort_inbox()
-            self.end_overdue()
-            for name, batch in self.batches.items():
-                self.feed(name, batch)
-                if batch.busy:
-                    self.step(name, batch)
-                self.metrics.running.labels(name).set(len(batch.rows))
-                self.in_line[name] = sum(map(len, self.queues[name].values())) + len(batch.waiting)
-                self.metrics.waiting.labels(name).set(self.in_line[name])
+            try:
+                self.turn()
+            except (
+                Exception
+            ) as error:  # not of a step, see there: without this thread all would wait for ever
+                log.exception("the worker failed")
+                for batch in self.batches.values():
+                    batch.reset()
+                self.queues = {name: OrderedDict() for name in self.batches}
+                for stream in list(self.streams.values()):
+                    self.end(stream, "error", error)
+
+    def turn(self):
+        self.sort_inbox()
+        self.end_overdue()
+        for name, batch in self.batches.items():
+            self.feed(name, batch)
+            self.count_waiting(name, batch)
+            if batch.busy:
+                self.step(name, batch)
+            self.metrics.running.labels(name).set(len(batch.rows))
 
     def sort_inbox(self):
         while self.inbox:
@@ -171,25 +193,46 @@ class Worker:
             self.streams[stream.request] = stream
             self.queues[stream.model].setdefault(stream.client, deque()).append(stream)
 
+    def count_waiting(self, name: str, batch: Batch):
+        self.in_line[name] = sum(map(len, self.queues[name].values())) + len(batch.waiting)
+        self.metrics.waiting.labels(name).set(self.in_line[name])
+
     def end_overdue(self):
-        now = time.monotonic()
+        now, before = time.monotonic(), len(self.streams)
         for stream in list(self.streams.values()):
-            if stream.request.cancelled:
+            if stream.request.error:
+                log.error("%s: a guide failed: %s", stream.model, stream.request.error)
+                self.end(stream, "error", Unanswerable(str(stream.request.error)))
+            elif stream.request.cancelled:
                 self.end(stream, "cancelled", None)
+            elif self.closing and not stream.has_begun:
+                self.end(stream, "refused", Refused("the server is shutting down"))
             elif now > stream.deadline:
-                stream.request.cancelled = True
                 self.end(stream, "timeout", Overdue(f"no complete answer within {self.timeout:g} seconds"))
+        if len(self.streams) < before:
+            for queues in self.queues.values():
+                for client, queue in list(queues.items()):
+                    alive = deque(stream for stream in queue if not stream.request.cancelled)
+                    queues[client] = alive
+                    if not alive:
+                        del queues[client]
 
     def feed(self, name: str, batch: Batch):
-        """The next request in turn, when the one before has found its place."""
+        """The next requests in turn, as many as there are places for and can be read soon."""
         queues = self.queues[name]
-        while queues and not batch.waiting:
+        while queues and self.wants(batch):
             client, queue = queues.popitem(last=False)
             stream = queue.popleft()
             if queue:
                 queues[client] = queue  # to the end of the line
-            if not stream.request.cancelled:
-                batch.add(stream.request)
+            batch.add(stream.request)
+
+    def wants(self, batch: Batch) -> bool:
+        if not batch.waiting:
+            return True
+        tokens = sum(len(request.prompt) for request in batch.waiting)
+        rows = len(batch.rows) + sum(r.sampling.num_return_sequences for r in batch.waiting)
+        return tokens < batch.prefill_tokens and rows < batch.max_rows
 
     def step(self, name: str, batch: Batch):
         try:
@@ -220,6 +263,7 @@ class Worker:
 
     def end(self, stream: Stream, how: str, error: Exception | None, news: list[News] = ()):
         self.streams.pop(stream.request, None)
+        stream.request.cancelled = True  # whatever is left of it
         self.metrics.requests.labels(stream.model, how).inc()
         self.metrics.whole.labels(stream.model).observe(time.monotonic() - stream.begin)
         self.hand_over(stream, list(news), True, error)

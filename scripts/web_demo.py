@@ -10,6 +10,7 @@ model says is shown as text: no HTML of it is rendered, no picture is fetched, a
 import argparse
 import contextlib
 import json
+import re
 import sys
 import threading
 import time
@@ -137,8 +138,11 @@ def text(name: str) -> str:
 
 
 def harmless(words: str) -> str:
-    """A model's words as Markdown that fetches nothing. (Streamlit escapes HTML by itself.)"""
-    return words.replace("![", "!\\[").replace("$", "\\$")
+    """A model's words as Markdown that fetches nothing and has no formulas by accident; code stays as it is.
+    (Streamlit escapes HTML by itself.)"""
+    parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", words, flags=re.DOTALL)
+    parts[::2] = [part.replace("![", "!\\[").replace("$", "\\$") for part in parts[::2]]
+    return "".join(parts)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -150,7 +154,15 @@ def find_weights(folder: Path) -> list[Path]:
     """Weight files and transformers folders, the newest first."""
     files = [p for p in folder.glob("*.pth") if not p.name.startswith("reward")]
     folders = [p.parent for p in folder.glob("*/config.json")]
-    return sorted([*files, *folders], key=lambda p: p.stat().st_mtime, reverse=True)
+    return newest_first([*files, *folders])
+
+
+def newest_first(paths) -> list[Path]:
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):  # it has just gone
+            found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def find_adapters(weights: Path) -> list[str]:
@@ -288,7 +300,8 @@ class Answer:
 
 def show_call(name: str, arguments: str):
     with st.container(border=True):
-        st.markdown(f":material/build: {text('called')} `{name.replace('`', '')[:64]}`")
+        plain = re.sub(r"[^\w.\-]", "", name)[:64]
+        st.markdown(f":material/build: {text('called')} `{plain}`")
         st.code(arguments, language="json", wrap_lines=True)
 
 
@@ -485,7 +498,7 @@ FIRST = [
 def read_log(path: Path) -> list[dict]:
     """The steps in a log; a line that is being written is left out."""
     steps = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
             if isinstance(entry, dict) and "step" in entry:
@@ -495,11 +508,8 @@ def read_log(path: Path) -> list[dict]:
 
 def training_page():
     place = Path(st.sidebar.text_input(text("folder"), str(save_dir()), key="folder"))
-    logs = (
-        sorted(place.glob("**/*_log.jsonl"), key=lambda p: p.stat().st_mtime, reverse=True)
-        if place.is_dir()
-        else []
-    )
+    depths = ("", "*/", "*/*/")  # a typed folder may be a whole disk
+    logs = newest_first(path for depth in depths for path in place.glob(f"{depth}*_log.jsonl"))
     if not logs:
         st.info(text("no_log"))
         st.code("python trainer/train_pretrain.py", language="bash")
@@ -537,7 +547,7 @@ def show_run(path: Path):
     samples = path.with_name(path.name.replace("_log.jsonl", "_samples.jsonl"))
     if samples.exists():
         st.subheader(text("samples"))
-        for line in samples.read_text(encoding="utf-8").splitlines()[-8:]:
+        for line in samples.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]:
             with contextlib.suppress(ValueError):
                 show_sample(json.loads(line))
 

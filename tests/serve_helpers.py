@@ -43,8 +43,8 @@ class LiveServer:
         self.app = serve_openai_api.create_app(self.models, self.worker, self.args)
 
     def __enter__(self):
-        config = uvicorn.Config(self.app, port=0, log_level="error", timeout_graceful_shutdown=5)
-        self.server = uvicorn.Server(config)
+        config = uvicorn.Config(self.app, port=0, log_level="critical", timeout_graceful_shutdown=5)
+        self.server = serve_openai_api.Server(config, self.worker)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         wait_for(lambda: self.server.started)
@@ -53,7 +53,7 @@ class LiveServer:
         return self
 
     def __exit__(self, *_):
-        self.server.should_exit = True
+        self.server.handle_exit(None, None)
         self.thread.join(20)
         assert not self.thread.is_alive(), "the server does not end"
 

@@ -11,6 +11,7 @@ from model.generation import Generator, Sampling
 from model.model_minimind import MiniMindConfig, MiniMindLM
 
 V = 200
+PER_TOKEN = 2 * 2 * 2 * 16 * 4  # bytes: keys and values, layers, heads, head size, float32
 
 
 def make_model(**changes):
@@ -124,34 +125,64 @@ def test_a_conversation_is_read_from_where_it_ended(engine):
 
 def test_known_conversations_stay_within_their_memory(engine):
     rng = random.Random(5)
-    per_token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head size, float32
-    batch = Batch(engine, prefix_memory=100 * per_token)
+    batch = Batch(engine, prefix_memory=100 * PER_TOKEN)
     prompts = [prompt_of(rng, 40) for _ in range(4)]
     for prompt in prompts:
         run(batch, [Request(prompt, Sampling(max_new_tokens=2, ignore_eos=True))])
-        assert batch.prefixes.bytes <= 100 * per_token
+        assert batch.prefixes.bytes <= 100 * PER_TOKEN
     newest, oldest = (Request(prompts[i], Sampling(max_new_tokens=1)) for i in (3, 0))
     run(batch, [newest, oldest])
     assert newest.reused_tokens == 39 and oldest.reused_tokens == 0
 
 
-def test_keys_and_values_of_running_rows_stay_within_their_memory(engine):
+def slots_of(batch):
+    return batch.cache.keys.shape[1] // 2 * batch.cache.keys.shape[2]
+
+
+def test_rows_make_room_for_each_other_and_go_on(engine):
+    """More than fits: the youngest rows leave, are read again, and say what they would have said."""
     rng = random.Random(6)
-    per_token = 2 * 2 * 2 * 16 * 4
-    batch = Batch(engine, memory=300 * per_token, prefix_memory=0)
-    sampling = Sampling(max_new_tokens=50, ignore_eos=True)
-    for _ in range(6):
-        batch.add(Request(prompt_of(rng, 50), sampling))
-    most = 0
+    batch = Batch(engine, memory=700 * PER_TOKEN, prefix_memory=0)
+    settings = dict(max_new_tokens=150, ignore_eos=True, top_p=0.9, repetition_penalty=1.1)
+    requests = [Request(prompt_of(rng, 20), Sampling(**settings, seed=i), reuse=False) for i in range(6)]
+    for request in requests:
+        batch.add(request)
+    found, paused, most = {}, 0, 0
     while batch.busy:
-        batch.step()
-        most = max(most, len(batch.rows))
-        assert len(batch.rows) * 100 <= 300
-    assert most == 3
+        for new in batch.step():
+            found.setdefault(new.request, []).append(new)
+        paused, most = max(paused, len(batch.paused)), max(most, len(batch.rows))
+        assert slots_of(batch) <= 700
+    assert paused > 0 and most > 1
+    for request in requests:
+        (expected,) = engine.generate([request.prompt], **asdict(request.sampling))
+        assert ids_of(found[request]) == expected.ids
+
+
+def test_what_can_never_fit_is_refused(engine):
+    batch = Batch(engine, memory=400 * PER_TOKEN)
     with pytest.raises(ValueError, match="more memory than there is"):
-        batch.add(Request(prompt_of(rng, 50), Sampling(max_new_tokens=251)))
+        batch.add(Request([5] * 50, Sampling(max_new_tokens=400)))
     with pytest.raises(ValueError, match="40 answers at once"):
         batch.add(Request([5], Sampling(num_return_sequences=40)))
+
+
+def test_memory_comes_back_when_rows_leave(engine):
+    rng = random.Random(10)
+    batch = Batch(engine)
+    short = Sampling(max_new_tokens=60, ignore_eos=True)
+    for _ in range(16):
+        batch.add(Request(prompt_of(rng, 10), short))
+    long = Request(prompt_of(rng, 2000), Sampling(max_new_tokens=20, ignore_eos=True))
+    batch.add(long)
+    while any(row.request is long for row in batch.rows) or batch.waiting or batch.reading:
+        batch.step()
+    assert len(batch.rows) == 16
+    batch.step()
+    assert batch.cache.length < 100 and slots_of(batch) <= 16 * 192
+    while batch.busy:
+        batch.step()
+    assert slots_of(batch) <= 64
 
 
 def test_a_cancelled_request_leaves_wherever_it_is(engine):
@@ -212,6 +243,8 @@ def test_scores_of_the_prompt_and_the_likeliest_tokens(engine):
     logprobs = engine.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
     scores = request.prompt_scores + [(None, new.top) for new in news]
     assert len(scores) == len(ids) - 1
+    expected = [logprobs[len(request.prompt) - 1 + i, new.token].item() for i, new in enumerate(news)]
+    assert [new.score for new in news] == pytest.approx(expected, abs=1e-4)  # at temperature 1
     for i, (score, top) in enumerate(scores):
         values, tokens = logprobs[i].topk(4)
         assert [token for token, _ in top] == tokens.tolist()
@@ -237,6 +270,28 @@ def test_a_guide_decides_what_may_come(engine):
     found = run(Batch(engine), [guided, free])
     assert all(token % 2 == 0 for token in ids_of(found[guided, 0]))
     assert any(token % 2 for token in ids_of(found[free, 0]))
+
+
+class Broken(OnlyEven):
+    def allowed(self):
+        if len(self.taken) == 3:
+            raise RuntimeError("no token is possible")
+
+
+class BrokenLater(OnlyEven):
+    def take(self, token):
+        super().take(token)
+        if len(self.taken) == 4:
+            raise RuntimeError("no token is possible")
+
+
+@pytest.mark.parametrize("guide", [Broken, BrokenLater])
+def test_a_guide_that_fails_ends_its_own_request_only(engine, guide):
+    broken = Request([5, 6, 7], Sampling(max_new_tokens=10, seed=1, ignore_eos=True), guide=guide)
+    other = Request([5, 6, 8], Sampling(max_new_tokens=10, seed=1, ignore_eos=True))
+    found = run(Batch(engine), [broken, other])
+    assert str(broken.error) == "no token is possible" and len(found[broken, 0]) == 3
+    assert ids_of(found[other, 0]) == engine.generate([[5, 6, 8]], **asdict(other.sampling))[0].ids
 
 
 def test_reset_forgets_everything(engine):

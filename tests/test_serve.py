@@ -9,6 +9,8 @@ import openai
 import pytest
 from serve_helpers import LiveServer, wait_for
 
+from scripts import serve_openai_api
+
 THINK_END, IM_END = 26, 2
 TOOLS = [
     {
@@ -239,6 +241,14 @@ def test_plain_completions(client):
         ask(client, model="text")
 
 
+HI = {"messages": [{"role": "user", "content": "hi"}]}
+OLD_CALL = {"role": "assistant", "content": "", "function_call": {"name": "f"}}
+
+
+def raw(fields: str) -> bytes:
+    return (json.dumps(HI)[:-1] + ", " + fields + "}").encode()
+
+
 RAW = [
     # body, status, what the message says
     (b"{", 400, "JSON"),
@@ -247,16 +257,22 @@ RAW = [
     (b"\xff\xfe{}", 400, ""),
     (b'{"messages": ' + b"[" * 100_000, 400, ""),
     (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, ""),
-    (b'{"messages": [{"role": "user", "content": "hi"}], "seed": ' + b"9" * 5000 + b"}", 400, ""),
-    (b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}', 400, "temperature"),
-    ({"messages": [{"role": "user", "content": "hi"}], "unheard_of": 1}, 400, "unheard_of: unknown field"),
+    (raw('"seed": ' + "9" * 5000), 400, ""),
+    (raw('"temperature": NaN'), 400, "temperature"),
+    ({**HI, "unheard_of": 1}, 400, "unheard_of: unknown field"),
     ({"messages": [{"role": "user"}]}, 400, "no content"),
     ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "takes 2048"),
-    ({"messages": [{"role": "user", "content": "hi"}], "n": 33}, 400, "33 answers"),
-    ({"messages": [{"role": "user", "content": "hi"}], "logit_bias": {"6400": 1}}, 400, "logit_bias"),
-    ({"messages": [{"role": "user", "content": "hi"}], "top_logprobs": 2}, 400, "logprobs"),
-    ({"messages": [{"role": "user", "content": "hi"}], "stop": [""]}, 400, "stop"),
-    ({"model": "gpt-4", "messages": [{"role": "user", "content": "hi"}]}, 404, "there is chat, text"),
+    ({**HI, "n": 33}, 400, "33 answers"),
+    ({**HI, "logit_bias": {"6400": 1}}, 400, "logit_bias"),
+    ({**HI, "top_logprobs": 2}, 400, "logprobs"),
+    ({"messages": [{"role": "user", "content": "hi"}] * 2000}, 400, "takes 2048"),
+    ({**HI, "logit_bias": {"9" * 5000: 1}}, 400, "logit_bias"),
+    ({**HI, "chat_template_kwargs": {"open_thinking": "false"}}, 400, "must be true or false"),
+    (raw('"chat_template_kwargs": {"\\ud800": 1}'), 400, "unknown"),
+    (raw('"tools": [{"function": {"name": "f", "description": "\\ud800"}}]'), 400, ""),
+    ({"messages": [OLD_CALL]}, 400, "function_call"),
+    ({**HI, "stop": [""]}, 400, "stop"),
+    ({"model": "gpt-4", **HI}, 404, "there is chat, text"),
     ({"messages": [{"role": "user", "content": "x" * (5 << 20)}]}, 413, "4 MB"),
 ]
 
@@ -270,6 +286,73 @@ def test_bad_requests_get_an_error_of_openais_format(server, body, status, says)
     assert answer.status_code == status and says in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+TEXTS = [b'"\\ud800"', b"[-1]", b"[6400]", b"[" + b"9" * 30 + b"]", b"[]", b"[[]]", b'[["a"]]', b"[1.5]"]
+
+
+@pytest.mark.parametrize("prompt", TEXTS, ids=[str(i) for i in range(len(TEXTS))])
+def test_bad_prompts(server, prompt):
+    headers = {"Content-Type": "application/json"}
+    content = b'{"model": "text", "echo": true, "logprobs": 1, "prompt": ' + prompt + b"}"
+    answer = httpx.post(f"{server.url}/v1/completions", content=content, headers=headers)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_settings_near_zero_give_numbers(client, name):
+    """Divided by the smallest float, logits were infinite, and log-probs no numbers."""
+    for value in (5e-324, 1e-40):
+        settings = {"extra_body": {name: value}, "logprobs": True, "max_tokens": 3}
+        entries = ask(client, **settings).choices[0].logprobs.content
+        assert all(entry.logprob <= 0 for entry in entries)
+
+
+def deep(levels):
+    return {"type": "object", "properties": {"x": deep(levels - 1)}} if levels else {"type": "integer"}
+
+
+SCHEMAS = [deep(150), {"const": "\ud800"}, {"$ref": "#/nowhere"}, {"type": 3}]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=["deep", "surrogate", "ref", "type"])
+def test_schemas_that_cannot_be_followed(server, schema):
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+    form = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    tool = {"function": {"name": "f", "parameters": {"properties": {"x": schema}}}}
+    for more in (form, {"tools": [tool], "tool_choice": "required"}):
+        headers, content = {"Content-Type": "application/json"}, json.dumps(body | more)
+        answer = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers, timeout=30)
+        assert answer.status_code in (200, 400), answer.text
+
+
+def test_tools_with_definitions_and_without_types(client):
+    """As pydantic writes nested models; and parameters that do not say that they are an object."""
+    nested = {"$defs": {"A": {"enum": [7]}}, "required": ["a"]} | {"properties": {"a": {"$ref": "#/$defs/A"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": nested}}]
+    answer = ask(
+        client, tools=tools, tool_choice="required", parallel_tool_calls=False, max_tokens=80, seed=1
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments)["a"] == 7
+
+
+def test_a_forced_call_and_a_schema_exclude_each_other(client):
+    form = {"type": "json_object"}
+    with pytest.raises(openai.BadRequestError, match="send one of the two"):
+        ask(client, tools=TOOLS, tool_choice="required", response_format=form)
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["yes"]}}}
+    for seed in range(6):  # both offered: either comes, nothing else
+        choice = ask(
+            client, tools=TOOLS, response_format=schema, seed=seed, temperature=2, max_tokens=60
+        ).choices[0]
+        assert choice.message.tool_calls or choice.message.content == '"yes"'
+
+
+def test_the_score_of_a_token_is_the_one_among_the_likeliest(client):
+    for entry in ask(client, logprobs=True, top_logprobs=20, top_p=0.5).choices[0].logprobs.content:
+        among = [top.logprob for top in entry.top_logprobs if top.bytes == entry.bytes]
+        assert not among or entry.logprob in among
 
 
 def test_a_large_body_in_pieces_is_refused_too(server):
@@ -286,6 +369,14 @@ def test_unknown_addresses_and_methods(server):
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)):
         answer = httpx.request(method, server.url + path)
         assert answer.status_code == status and path in answer.json()["error"]["message"]
+
+
+def test_only_this_machines_names_are_answered(server):
+    """DNS rebinding: a page of evil.example that resolves to 127.0.0.1."""
+    for name, status in (("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:1", 200), ("evil.example", 403)):
+        answer = httpx.get(f"{server.url}/v1/models", headers={"Host": name})
+        assert answer.status_code == status
+    assert "not as evil.example" in answer.json()["error"]["message"]
 
 
 def test_many_at_once_get_what_they_would_get_alone(server, client):
@@ -317,6 +408,8 @@ def test_who_hangs_up_frees_his_place(server, stream):
                     if time.monotonic() > begin + 0.2:
                         raise httpx.ReadTimeout("enough")
     wait_for(server.idle, 5)
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    assert any(line.startswith('minimind_requests_total{ended="cancelled"') for line in lines)
 
 
 def test_metrics(server, client):
@@ -367,3 +460,86 @@ def test_keys_limits_and_origins():
             headers = preflight | {"Origin": origin}
             answer = httpx.options(f"{server.url}/v1/chat/completions", headers=headers)
             assert ("access-control-allow-origin" in answer.headers) == allowed
+
+
+def test_whoever_asks_less_comes_first():
+    """One client with many requests, another with one: they take turns."""
+    with LiveServer("--max_rows", "1", "--api_key", "a", "--api_key", "b") as server:
+        ended, clients = [], {k: openai.OpenAI(base_url=f"{server.url}/v1", api_key=k) for k in "ab"}
+
+        def work(key):
+            ask(clients[key], max_tokens=60, extra_body={"ignore_eos": True})
+            ended.append(key)
+
+        threads = [threading.Thread(target=work, args=("a",)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: server.worker.num_waiting >= 4)
+        threads.append(threading.Thread(target=work, args=("b",)))
+        threads[-1].start()
+        for thread in threads:
+            thread.join()
+        assert ended.index("b") <= 4 and len(ended) == 7
+
+
+def test_the_end_lets_running_answers_finish_and_refuses_those_that_wait():
+    with LiveServer("--max_rows", "1") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        chunks = ask(client, stream=True, max_tokens=300, extra_body={"ignore_eos": True})
+        next(iter(chunks))
+        wait_for(lambda: server.worker.batches["chat"].rows)
+        found = []
+
+        def wait():
+            with pytest.raises(openai.InternalServerError) as error:
+                ask(client)
+            found.append(error.value.status_code)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        wait_for(lambda: server.worker.num_waiting == 1)
+        server.server.handle_exit(None, None)
+        ((known,), _) = gather(chunks)
+        waiting.join()
+        assert known["finish_reason"] == "length" and found == [503]
+
+
+def test_an_error_in_a_step_ends_its_requests_and_not_the_server(monkeypatch):
+    with LiveServer() as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        batch = server.worker.batches["chat"]
+        with monkeypatch.context() as patch:
+            patch.setattr(batch, "choose", lambda: 1 / 0)
+            with pytest.raises(openai.InternalServerError):
+                ask(client)
+            with pytest.raises(openai.APIError):
+                list(ask(client, stream=True))
+            patch.setattr(server.worker, "feed", lambda *_: 1 / 0)
+            with pytest.raises(openai.InternalServerError):
+                ask(client)
+        assert ask(client).choices
+
+
+def test_a_signal_ends_the_process_with_0(tmp_path):
+    import signal
+    import subprocess
+    import sys
+
+    from serve_helpers import small_native
+
+    from trainer import checkpoint
+
+    native = small_native()
+    metadata = {"stage": "full_sft", "tokenizer_hash": checkpoint.tokenizer_hash(native.tokenizer)}
+    checkpoint.save_weights(native.engine.model, tmp_path / "full_sft_32.pth", metadata)
+    script = serve_openai_api.ROOT / "scripts" / "serve_openai_api.py"
+    command = [sys.executable, str(script), "--save_dir", str(tmp_path), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    line = next(line for line in process.stderr if line.startswith("serving"))
+    url = line.split(" at ")[1].strip()
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    chunks = ask(client, model="full_sft", stream=True, max_tokens=300, extra_body={"ignore_eos": True})
+    next(iter(chunks))
+    process.send_signal(signal.SIGTERM)
+    ((known,), _) = gather(chunks)
+    assert known["finish_reason"] == "length" and process.wait(20) == 0

@@ -134,6 +134,9 @@ def test_thinking_by_every_name():
     assert chat(reasoning_effort="low").thinking()
     assert not chat(reasoning_effort="none").thinking()
     assert not chat(chat_template_kwargs={"enable_thinking": False}).thinking()
+    for wrong in ("false", 1, 0, []):
+        with pytest.raises(ProtocolError, match="must be true or false"):
+            chat(chat_template_kwargs={"enable_thinking": wrong}).thinking()
     with pytest.raises(ProtocolError, match="chat_template_kwargs.x is unknown"):
         chat(chat_template_kwargs={"x": 1}).thinking()
 
