@@ -253,7 +253,7 @@ class TextEncoder:
         skeleton = self.skeletons.get(key)
         if skeleton is None:
             skeleton = self._compile(stubs, tool_stubs, generation_prompt, open_thinking)
-            if len(self.skeletons) >= 4096:
+            if sum(len(shape) for shape, *_ in self.skeletons) > 16_384:  # messages, 1.6 KB each
                 self.skeletons.clear()
             self.skeletons[key] = skeleton
         return skeleton, slots

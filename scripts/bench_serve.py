@@ -9,11 +9,13 @@ tokens, and every client asks again at once. One request in twenty is dropped in
 
 tokens/s is over all streams, the time to the first token is a request's. Client and server share the machine:
 what the client costs is in the figures. A stream counts as wrong when it has other than the tokens it asked
-for, or no [DONE].
+for, or no [DONE]; and one in eight asks (by logit_bias) for one word again and again, and is wrong when it
+gets any other: streams that were mixed up would show.
 """
 
 import argparse
 import asyncio
+import functools
 import json
 import random
 import socket
@@ -111,22 +113,35 @@ class Server:
         return time.monotonic() - begin
 
 
+@functools.cache
+def marks() -> list[tuple[int, str]]:
+    """Tokens that are plain words: (id, text)."""
+    content = json.loads((ROOT / "model" / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"].items()
+    return [(i, token) for token, i in vocab if token.isascii() and token.isalpha() and len(token) > 3][:200]
+
+
 class Client:
     """One stream after the other, until the time is over."""
 
     def __init__(self, server: Server, seed: int, found: dict):
         self.server, self.rng, self.found = server, random.Random(seed), found
+        self.marks = marks()
 
     async def run(self, until: float):
         import httpx
 
         async with httpx.AsyncClient(timeout=httpx.Timeout(300)) as http:
             while time.monotonic() < until:
-                await self.ask(http, until)
+                try:
+                    await self.ask(http, until)
+                except httpx.HTTPError:
+                    self.found["errors"] += 1
 
     async def ask(self, http, until: float):
         words = " ".join(self.rng.choices(WORDS, k=self.rng.randint(5, 60)))
         wanted, drop = self.rng.randint(32, 160), self.rng.random() < 0.05
+        marked = self.rng.choice(self.marks) if self.rng.random() < 0.125 else None
         body = {
             "messages": [{"role": "user", "content": words}],
             "stream": True,
@@ -135,7 +150,9 @@ class Client:
             "ignore_eos": True,
             "temperature": 1.0,
         }
-        begin, first, chunks, last = time.monotonic(), None, 0, ""
+        if marked:
+            body["logit_bias"] = {str(marked[0]): 100}
+        begin, first, chunks, last, said = time.monotonic(), None, 0, "", ""
         async with http.stream("POST", f"{self.server.url}/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
                 self.found["errors"] += 1
@@ -151,6 +168,8 @@ class Client:
                 usage = json.loads(line[6:]) if '"usage":{' in line else None
                 if usage:
                     tokens = usage["usage"]["completion_tokens"]
+                if marked and '"content"' in line:
+                    said += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
                 last = line
                 if drop and chunks > 10:
                     self.found["dropped"] += 1
@@ -158,7 +177,8 @@ class Client:
         self.found["first"].append(first)
         self.found["requests"] += 1
         self.found["tokens"] += tokens
-        self.found["wrong"] += last != "data: [DONE]" or tokens != wanted
+        mixed = marked is not None and said != marked[1] * wanted
+        self.found["wrong"] += last != "data: [DONE]" or tokens != wanted or mixed
 
 
 async def measure(args, folder: Path, kind: str) -> dict:
