@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import hmac
 import os
+import socket
 import sys
 import time
 from contextlib import asynccontextmanager
@@ -53,6 +54,7 @@ from scripts.serve_answers import (
 from scripts.serve_protocol import ChatRequest, CompletionRequest, ProtocolError, error_body, new_id, usage_of
 from scripts.serve_worker import Overdue, Refused, Unanswerable, Worker
 from trainer import cli
+from trainer.checkpoint import CheckpointError
 
 ALIAS = "minimind"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -148,8 +150,8 @@ def load_models(args) -> dict[str, "Served"]:
             wanted = argparse.Namespace(**vars(args) | {"weight": weight, "lora_weight": adapter})
             native = eval_llm.load(wanted)
             if not isinstance(native, eval_llm.Native):
-                raise ProtocolError(
-                    400, "a transformers folder cannot be served; convert it to weights of this project"
+                raise CheckpointError(
+                    "a transformers folder cannot be served; convert it to weights of this project"
                 )
             name = Path(weight).stem + ("" if adapter == "None" else f":{adapter}")
             models[name] = Served(name, native, args)
@@ -538,6 +540,18 @@ class Server(uvicorn.Server):
         self.worker.close()
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises CheckpointError when the address cannot be had."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"cannot listen on {host}, port {port} ({reason}): see --host, --port"
+        ) from None
+
+
 def main(args):
 
     from trainer import runtime
@@ -550,7 +564,7 @@ def main(args):
         timeout_graceful_shutdown=args.shutdown_seconds,
         access_log=False,
     )
-    address = config.bind_socket()  # before the long work: the port may be taken
+    address = listen(args.host, args.port)  # before the long work: the port may be taken
     runtime.set_threads(args.num_threads, runtime.choose_device(args.device))
     models = load_models(args)
     worker = Worker({name: served.batch for name, served in models.items()}, args.max_waiting, args.timeout)

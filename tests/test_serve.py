@@ -10,6 +10,7 @@ import pytest
 from serve_helpers import LiveServer, wait_for
 
 from scripts import serve_openai_api
+from trainer import cli
 
 THINK_END, IM_END = 26, 2
 TOOLS = [
@@ -543,3 +544,11 @@ def test_a_signal_ends_the_process_with_0(tmp_path):
     process.send_signal(signal.SIGTERM)
     ((known,), _) = gather(chunks)
     assert known["finish_reason"] == "length" and process.wait(20) == 0
+
+
+def test_a_port_that_is_taken_is_said_before_the_weights_are_loaded(server, capsys):
+    port = server.url.rsplit(":", 1)[1]
+    for wrong in (port, "99999999"):
+        with pytest.raises(SystemExit) as error:
+            cli.run(serve_openai_api.main, serve_openai_api.parse_args, ["--port", wrong])
+        assert error.value.code == 2 and f"port {wrong}" in capsys.readouterr().err

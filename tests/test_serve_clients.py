@@ -104,10 +104,10 @@ def test_langchain(server):
 
 
 @pytest.mark.skipif(not shutil.which("schemathesis"), reason="needs schemathesis")
-def test_schemathesis_finds_no_5xx(server):
+def test_schemathesis_finds_no_5xx(server, tmp_path):
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = ["schemathesis", "run", f"{server.url}/openapi.json", "--checks", checks]
     command += ["--max-examples", "60", "--request-timeout", "30"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     wait_for(server.idle, 60)
