@@ -806,7 +806,8 @@ def commit():
 def ledger_row(args, a, b, ratio, machine, note=""):
     date = datetime.date.today().isoformat()
     peaks = ", ".join(f"{d} {f / 1e9:,.0f}" for d, f in machine["peaks"].items())
-    where = f"{machine['name']}, {machine['cores']} cores, {machine['capability']} ({peaks} GFLOP/s)"
+    where = f"{machine['name']}, {machine['cores']} cores, {machine['capability']}"
+    where += f" ({peaks} GFLOP/s)" if peaks else ""
     where += f", {args.threads} thread{'s' if args.threads > 1 else ''}"
     cells = [date, commit(), where, f"`{args.command_line}`", a, b, ratio + (f" ({note})" if note else "")]
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
