@@ -13,6 +13,7 @@ from scripts.serve_guides import Guides
 from scripts.serve_protocol import (
     AnswerParser,
     ChatRequest,
+    Common,
     CompletionRequest,
     ProtocolError,
     called,
@@ -66,6 +67,19 @@ class Served:
                 "context_length_exceeded",
             )
         return min(left, wanted or default)
+
+    def request(self, body: Common, prompt: list[int], max_tokens: int, **more) -> Request:
+        """What both kinds of completion have in common, for the batch."""
+        return Request(
+            prompt,
+            body.sampling(max_tokens),
+            self.tokenizer,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            logit_bias=body.biases(self.vocab_size),
+            reuse=body.seed is None,  # whoever wants an answer again wants it exactly
+            **more,
+        )
 
     def token_entry(self, token: int, logprob: float) -> dict:
         text = self.token_texts[token]

@@ -209,9 +209,8 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
 
     def submit(served: Served, request: Request, http: HttpRequest):
         host = http.client.host if http.client else ""
-        client = (
-            http.headers.get("authorization", host) if keys else host
-        )  # a key that nobody checks is no name
+        # A key that nobody checks is no name: everybody sends the same.
+        client = http.headers.get("authorization", host) if keys else host
         try:
             return worker.submit(served.name, request, client)
         except Refused as error:
@@ -240,16 +239,12 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
             raise ProtocolError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         tools = body.offered()
         prompt = await asyncio.to_thread(encode_chat, served, body, tools, thinking)
-        request = Request(
+        request = served.request(
+            body,
             prompt,
-            body.sampling(served.room(prompt, body.limit(), args.max_tokens)),
-            served.tokenizer,
-            frequency_penalty=body.frequency_penalty or 0.0,
-            presence_penalty=body.presence_penalty or 0.0,
-            logit_bias=body.biases(served.vocab_size),
+            served.room(prompt, body.limit(), args.max_tokens),
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             guide=await asyncio.to_thread(guide_of, served, body, tools, thinking),
-            reuse=body.seed is None,
         )
         stream = submit(served, request, http)
         answers = [ChatAnswer(served, body, thinking) for _ in range(request.sampling.num_return_sequences)]
@@ -299,26 +294,18 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
         n, requests, answers = body.n or 1, [], []
         for text in prompts:
             prompt = await asyncio.to_thread(encode_text, served, text)
-            requests.append(
-                Request(
-                    prompt,
-                    body.sampling(
-                        served.room(prompt, body.limit() or 1, 1)
-                        if body.max_tokens == 0
-                        else served.room(prompt, body.limit(), 16)
-                    ),
-                    served.tokenizer,
-                    frequency_penalty=body.frequency_penalty or 0.0,
-                    presence_penalty=body.presence_penalty or 0.0,
-                    logit_bias=body.biases(served.vocab_size),
-                    top_logprobs=body.logprobs,
-                    score_prompt=bool(body.echo) and body.logprobs is not None,
-                    reuse=body.seed is None,
-                )
+            limit = 1 if body.max_tokens == 0 else body.limit()  # for none one is drawn, and not sent
+            request = served.request(
+                body,
+                prompt,
+                served.room(prompt, limit, 16),
+                top_logprobs=body.logprobs,
+                score_prompt=bool(body.echo) and body.logprobs is not None,
             )
-            check(served, requests[-1])
+            requests.append(request)
+            check(served, request)  # before decoding, which wants ids that exist
             text = text if isinstance(text, str) or not body.echo else served.tokenizer.decode(prompt)
-            answers += [TextAnswer(served, body, requests[-1], text) for _ in range(n)]
+            answers += [TextAnswer(served, body, request, text) for _ in range(n)]
         streams = []
         try:
             for request in requests:
@@ -401,9 +388,7 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         what = "unknown field" if first["type"] == "extra_forbidden" else first["msg"]
         text = f"{where}: {what}" if where else what
-        return JSONResponse(
-            error_body(400, text.encode("utf-8", "replace").decode()[:500], where[:100] or None), 400
-        )
+        return JSONResponse(error_body(400, text, where or None), 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(http: HttpRequest, error: HTTPException):
