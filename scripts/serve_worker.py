@@ -105,7 +105,8 @@ class Stream:
 
 
 class Worker:
-    """
+    """Gives requests to the batches in turn, steps these, and delivers their tokens.
+
     Args:
         batches: by name of the model.
         max_waiting: requests that may wait; one more is refused.
@@ -167,9 +168,7 @@ class Worker:
                     self.change.wait()
             try:
                 self.turn()
-            except (
-                Exception
-            ) as error:  # not of a step, see there: without this thread all would wait for ever
+            except Exception as error:  # outside a step. Without this thread all would wait for ever.
                 log.exception("the worker failed")
                 for batch in self.batches.values():
                     batch.reset()
