@@ -14,6 +14,7 @@ ends the answer.
 
 import argparse
 import itertools
+import json
 import os
 import re
 import sys
@@ -302,20 +303,26 @@ def has_adapters(args) -> bool:
 
 
 class Native:
-    """Our own weights with the fast engine."""
+    """A model of this project's architecture, from a weight file or a transformers folder, with the fast
+    engine."""
 
     def __init__(self, args):
         from model.generation import Generator
         from model.model_minimind import count_parameters
         from trainer import checkpoint, runtime
 
-        path = find_weights(args)
         device = runtime.choose_device(args.device)
         self.tokenizer = load_tokenizer(args.load_from)
         overrides = {"num_hidden_layers": args.num_hidden_layers} if args.num_hidden_layers else {}
         if args.inference_rope_scaling:
             overrides["inference_rope_scaling"] = True
-        model, metadata = checkpoint.load_model(path, self.tokenizer, **overrides)
+        if is_folder(args.load_from):
+            refuse_for_folder({f"--lora_weight {args.lora_weight}": has_adapters(args)})
+            path, metadata = args.load_from, {}
+            model = load_folder(args.load_from, self.tokenizer, overrides)
+        else:
+            path = find_weights(args)
+            model, metadata = checkpoint.load_model(path, self.tokenizer, **overrides)
         # MiniMind's file names tell the stage, ours tell it themselves
         self.is_base = path.name.startswith("pretrain") or metadata.get("stage") == "pretrain"
         if has_adapters(args):
@@ -342,31 +349,60 @@ class Native:
             yield new.piece, 1
 
 
+def load_folder(folder: Path, tokenizer, overrides: dict):
+    """The MiniMindForCausalLM in a transformers folder. Raises CheckpointError."""
+    from model.model_minimind import MiniMindForCausalLM
+    from trainer.checkpoint import CheckpointError
+
+    try:
+        model = MiniMindForCausalLM.from_pretrained(folder, dtype="float32", **overrides)
+    except Exception as error:  # each format of weights has errors of its own
+        raise CheckpointError(f"{folder} could not be loaded: {first_line(error)}") from None
+    if len(tokenizer) > model.config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has {len(tokenizer)} entries, its model {model.config.vocab_size}"
+        )
+    return model.eval()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def refuse_for_folder(flags: dict[str, bool]):
+    from trainer.checkpoint import CheckpointError
+
+    for flag, given in flags.items():
+        if given:
+            raise CheckpointError(f"{flag} works for --weight, not for this transformers folder")
+
+
 class Transformers:
-    """A transformers folder, with transformers' own generate. Code that comes with a folder is never run."""
+    """A transformers folder of another architecture, with transformers' own generate. Code that comes with a
+    folder is never run."""
 
     def __init__(self, args):
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
         from trainer import checkpoint, runtime
 
-        AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)
-        AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
         device = runtime.choose_device(args.device)
-        ours_alone = {"--dtype int8": args.dtype == "int8", "--use_compile 1": args.use_compile}
-        ours_alone[f"--lora_weight {args.lora_weight}"] = has_adapters(args)
-        for flag, given in ours_alone.items():
-            if given:
-                raise checkpoint.CheckpointError(f"{flag} works for --weight, not for a transformers folder")
+        refuse_for_folder(
+            {
+                "--dtype int8": args.dtype == "int8",
+                "--use_compile 1": args.use_compile,
+                f"--lora_weight {args.lora_weight}": has_adapters(args),
+            }
+        )
         dtype = runtime.choose_dtype(args.dtype, device)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(args.load_from)
             model = AutoModelForCausalLM.from_pretrained(args.load_from, dtype=dtype)
         except Exception as error:  # each format of weights has errors of its own
-            reason = str(error).strip().splitlines()[0]
-            raise checkpoint.CheckpointError(f"{args.load_from} could not be loaded: {reason}") from None
+            raise checkpoint.CheckpointError(
+                f"{args.load_from} could not be loaded: {first_line(error)}"
+            ) from None
         self.model = model.eval().to(device)
         self.is_base = False
         million = sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -459,9 +495,24 @@ def load_tokenizer(folder: Path):
     return AutoTokenizer.from_pretrained(folder)
 
 
+def is_folder(path: Path) -> bool:
+    """A transformers folder? MiniMind takes any path with "model" in it for its own weights."""
+    return (path / "config.json").exists()
+
+
+def architecture(folder: Path) -> str:
+    """`model_type` of a transformers folder. Raises CheckpointError when its config.json is broken."""
+    from trainer.checkpoint import CheckpointError
+
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    except (ValueError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from None
+
+
 def load(args):
-    is_transformers = (args.load_from / "config.json").exists()
-    return Transformers(args) if is_transformers else Native(args)
+    foreign = is_folder(args.load_from) and architecture(args.load_from) != "minimind"
+    return Transformers(args) if foreign else Native(args)
 
 
 # ------------------------------------------------------------------------------------------------------------

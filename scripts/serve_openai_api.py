@@ -143,17 +143,19 @@ def parse_args(argv=None):
 
 def load_models(args) -> dict[str, "Served"]:
     """Every combination of weights and adapters that the flags name, by name."""
-    models = {}
+    models, is_folder = {}, eval_llm.is_folder(args.load_from)
     adapters = [a for a in args.lora_weight.split(",") if a not in ("None", "none", "")]
-    for weight in args.weight.split(","):
+    for weight in args.weight.split(",")[: 1 if is_folder else None]:
         for adapter in ("None", *adapters):
             wanted = argparse.Namespace(**vars(args) | {"weight": weight, "lora_weight": adapter})
             native = eval_llm.load(wanted)
             if not isinstance(native, eval_llm.Native):
+                kind = eval_llm.architecture(args.load_from)
                 raise CheckpointError(
-                    "a transformers folder cannot be served; convert it to weights of this project"
+                    f"{args.load_from} is a {kind}: only this project's own architecture, minimind, is served"
                 )
-            name = Path(weight).stem + ("" if adapter == "None" else f":{adapter}")
+            name = args.load_from.resolve().name if is_folder else Path(weight).stem
+            name += "" if adapter == "None" else f":{adapter}"
             models[name] = Served(name, native, args)
     return models
 

@@ -80,6 +80,36 @@ def test_equals_generate_whoever_runs_beside_it(changes):
             assert [n.logprob for n in news] == pytest.approx(answer.logprobs.tolist(), abs=1e-4)
 
 
+def test_compiled_layers():
+    engine, rng = Generator(make_model(), "float32", compile=True), random.Random(4)
+    assert engine.compiled
+    requests = [
+        Request(prompt_of(rng, rng.randint(1, 60)), Sampling(max_new_tokens=20, temperature=t, seed=1))
+        for t in (0, 0, 0.8, 0.8, 1, 1)
+    ]
+    found = run(Batch(engine, max_rows=4), requests, rng)
+    for request in requests:
+        (expected,) = engine.generate([request.prompt], **asdict(request.sampling))
+        assert ids_of(found[request, 0]) == expected.ids
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_weights_of_eight_bits(compile):
+    """Every row has other neighbours than in `generate`, so it rounds otherwise: its scores are those of the
+    8-bit weights all the same, read in one go."""
+    engine, rng = Generator(make_model(), "int8", compile=compile), random.Random(5)
+    sampling = Sampling(max_new_tokens=30, ignore_eos=True)
+    requests = [Request(prompt_of(rng, rng.randint(1, 60)), sampling) for _ in range(6)]
+    for (request, _), news in run(Batch(engine, max_rows=4), requests, rng).items():
+        ids = request.prompt + ids_of(news)
+        empty = torch.zeros(len(engine.layers), engine.K, len(ids), engine.hd, dtype=engine.cache_dtype)
+        with torch.inference_mode():
+            logits = engine.extend(ids, empty, empty.clone(), 0, all_logits=True)
+        logprobs = logits.float().log_softmax(-1)
+        expected = [logprobs[len(request.prompt) - 1 + i, new.token].item() for i, new in enumerate(news)]
+        assert [new.logprob for new in news] == pytest.approx(expected, abs=0.5)
+
+
 def test_half_precision_keeps_to_the_model(monkeypatch):
     """bfloat16 has other kernels for few and for many rows; their scores are those of one forward pass."""
     monkeypatch.setattr("model.batching.prefers_bfloat16", lambda device: True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval_llm
 from model.generation import Generator
@@ -177,22 +178,60 @@ def test_prompts_of_base_and_chat_weights(out, tokenizer):
         assert text == f"<|im_start|>user\n天空 is<|im_end|>\n<|im_start|>assistant\n{end}"
 
 
-def test_a_transformers_folder_gives_the_same_greedy_text(monkeypatch, capsys, out, tokenizer, tmp_path):
-    """By files, not by name: MiniMind took any path with `model` in it for its own weights."""
-    folder = tmp_path / "my_model"
-    model = tiny()
+def save_folder(model, tokenizer, folder):
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    flags = ("--prompt", "hello", "--temperature", 0, *QUICK)
+    return folder
+
+
+def as_llama():
+    """The same weights as transformers' Llama."""
+    model = tiny()
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    names += "num_key_value_heads rms_norm_eps rope_parameters max_position_embeddings tie_word_embeddings"
+    llama = LlamaForCausalLM(LlamaConfig(**{name: getattr(model.config, name) for name in names.split()}))
+    llama.load_state_dict(model.state_dict())
+    return llama.eval()
+
+
+@pytest.mark.parametrize("make, engine", [(tiny, eval_llm.Native), (as_llama, eval_llm.Transformers)])
+def test_a_transformers_folder_gives_the_same_greedy_text(
+    monkeypatch, capsys, out, tokenizer, tmp_path, make, engine
+):
+    """By files, not by name: MiniMind took any path with `model` in it for its own weights."""
+    folder = save_folder(make(), tokenizer, tmp_path / "my_model")
+    assert type(eval_llm.load(eval_llm.parse_args(["--load_from", str(folder)]))) is engine
+    flags = ("--prompt", "hello", "--temperature", 0, "--dtype", "float32", *QUICK)
     native = run(monkeypatch, capsys, "--save_dir", out, *flags)
     through_hf = run(monkeypatch, capsys, "--load_from", folder, *flags)
     assert native[0] == through_hf[0] == 0
     assert answers(native[1])[0] == answers(through_hf[1])[0]
     assert answers(native[1])[0][1]
-    for ours_alone in (("--use_compile", 1), ("--dtype", "int8"), ("--lora_weight", "lora_a")):
-        code, _, err = run(monkeypatch, capsys, "--load_from", folder, *flags, *ours_alone)
-        assert code == 2 and " ".join(map(str, ours_alone)) in err and "transformers folder" in err
+    ours_alone = [("--lora_weight", "lora_a")]
+    if engine is eval_llm.Transformers:
+        ours_alone += [("--use_compile", 1), ("--dtype", "int8")]
+    for flag in ours_alone:
+        code, _, err = run(monkeypatch, capsys, "--load_from", folder, *flags, *flag)
+        assert code == 2 and " ".join(map(str, flag)) in err and "transformers folder" in err
+
+
+def test_broken_transformers_folders(monkeypatch, capsys, tokenizer, tmp_path):
+    folder = save_folder(tiny(), tokenizer, tmp_path / "broken")
+    config = folder / "config.json"
+    for content, words in (("{", "config.json cannot be read"), ("[]", "config.json cannot be read")):
+        whole = config.read_text()
+        config.write_text(content)
+        code, _, err = run(monkeypatch, capsys, "--load_from", folder, "--prompt", "x", *QUICK)
+        assert code == 2 and words in err and "Traceback" not in err
+        config.write_text(whole)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    code, _, err = run(monkeypatch, capsys, "--load_from", folder, "--prompt", "x", *QUICK)
+    assert code == 2 and "could not be loaded" in err and "Traceback" not in err
+    weights.unlink()
+    code, _, err = run(monkeypatch, capsys, "--load_from", folder, "--prompt", "x", *QUICK)
+    assert code == 2 and "could not be loaded" in err and "Traceback" not in err
 
 
 def test_use_compile_compiles_the_engine(monkeypatch, capsys, out):

@@ -7,10 +7,14 @@ import time
 import httpx
 import openai
 import pytest
-from serve_helpers import LiveServer, wait_for
+from serve_helpers import LiveServer, small_native, wait_for
 
+from model.batching import Request
+from model.generation import Sampling
+from model.model_minimind import MiniMindForCausalLM
 from scripts import serve_openai_api
 from trainer import cli
+from trainer.checkpoint import CheckpointError
 
 THINK_END, IM_END = 26, 2
 TOOLS = [
@@ -552,3 +556,28 @@ def test_a_port_that_is_taken_is_said_before_the_weights_are_loaded(server, caps
         with pytest.raises(SystemExit) as error:
             cli.run(serve_openai_api.main, serve_openai_api.parse_args, ["--port", wrong])
         assert error.value.code == 2 and f"port {wrong}" in capsys.readouterr().err
+
+
+def test_transformers_folders(tmp_path):
+    """Those of this project's architecture are served; others are named."""
+    native = small_native()
+    folder = tmp_path / "mine"
+    hf = MiniMindForCausalLM(native.engine.config)
+    hf.load_state_dict(native.engine.model.state_dict())
+    hf.save_pretrained(folder)
+    native.tokenizer.save_pretrained(folder)
+    args = serve_openai_api.parse_args(["--load_from", str(folder), "--dtype", "float32"])
+    ((name, served),) = serve_openai_api.load_models(args).items()
+    assert name == "mine"
+    request = Request([5, 6, 7], Sampling(max_new_tokens=8, temperature=0, ignore_eos=True))
+    served.batch.add(request)
+    ids = []
+    while served.batch.busy:
+        ids += [new.token for new in served.batch.step()]
+    (expected,) = native.engine.generate([[5, 6, 7]], max_new_tokens=8, temperature=0, ignore_eos=True)
+    assert ids == expected.ids
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match="architecture llama"):
+        serve_openai_api.load_models(args)
