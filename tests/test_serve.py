@@ -579,5 +579,5 @@ def test_transformers_folders(tmp_path):
 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    with pytest.raises(CheckpointError, match="architecture llama"):
+    with pytest.raises(CheckpointError, match="is a llama"):
         serve_openai_api.load_models(args)
