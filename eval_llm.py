@@ -486,9 +486,12 @@ class Transformers:
 
 
 def load_tokenizer(folder: Path):
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    from model.model_minimind import MiniMindConfig
     from trainer.checkpoint import CheckpointError
+
+    AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)  # it looks at a config.json beside
 
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"--load_from {folder}: there is neither config.json nor tokenizer.json in it")

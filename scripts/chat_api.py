@@ -73,9 +73,8 @@ def parse_args(argv=None):
     g.add_argument(
         "--open_thinking",
         type=cli.switch,
-        default=0,
         metavar="0|1",
-        help="1 = the answer begins with thoughts",
+        help="1 = the answer begins with thoughts, 0 = it does not; without it as the server likes",
     )
     g = parser.add_argument_group("how to answer")
     g.add_argument("--max_tokens", type=cli.positive_int, default=2048, metavar="N", help="longest answer")
@@ -164,7 +163,8 @@ class Talk:
             {"role": "user", "content": prompt},
         ]
         begin = len(messages) - 1
-        speak = remote(self.client, self.model, settings, bool(args.open_thinking))
+        thinking = None if args.open_thinking is None else bool(args.open_thinking)
+        speak = remote(self.client, self.model, settings, thinking)
         printer, pieces = Printer(), converse(speak, messages, self.tools, args.rounds)
         print("🧠: ", end="", flush=True)
         try:

@@ -50,16 +50,16 @@ def as_call(call: dict) -> dict:
     }
 
 
-def remote(client, model: str, settings: dict, thinking: bool = False) -> Speak:
+def remote(client, model: str, settings: dict, thinking: bool | None = None) -> Speak:
     """client: `openai.OpenAI`; settings: fields of a request; those that are not OpenAI's own go into
-    `extra_body`."""
+    `extra_body`. thinking: None = as the server does without being told."""
 
     def speak(messages, tools):
         own = ("max_tokens", "temperature", "top_p", "seed", "stop", "frequency_penalty", "presence_penalty")
         fields = {k: v for k, v in settings.items() if k in own and v is not None}
         extra = {k: v for k, v in settings.items() if k not in own and v is not None}
-        if thinking:  # other servers need not know it: it is sent only when it is wanted
-            extra["chat_template_kwargs"] = {"open_thinking": True, "enable_thinking": True}
+        if thinking is not None:  # servers of others need not know it
+            extra["chat_template_kwargs"] = {"open_thinking": thinking, "enable_thinking": thinking}
         if tools:
             fields["tools"] = tools
         chunks = client.chat.completions.create(

@@ -179,7 +179,7 @@ def speaker(args):
         except openai.OpenAIError as error:
             raise CheckpointError(explain(error, args.base_url)) from None
         settings = {"temperature": 0.0, "max_tokens": args.max_new_tokens}
-        return remote(client, name, settings, bool(args.open_thinking)), name
+        return remote(client, name, settings, bool(args.open_thinking) or None), name
     names = {
         "temperature": 0.0,
         "max_new_tokens": args.max_new_tokens,

@@ -85,6 +85,15 @@ def parse_args(argv=None):
         metavar="ORIGIN",
         help="web pages of this address may ask, such as http://localhost:3000; * = all; without it none",
     )
+    g = parser.add_argument_group("answers")
+    g.add_argument(
+        "--open_thinking",
+        type=cli.switch,
+        default=0,
+        metavar="0|1",
+        help="1 = answers begin with thoughts where the request does not say: for weights that reason, and "
+        "clients that cannot ask for it",
+    )
     g = parser.add_argument_group("limits")
     g.add_argument("--num_threads", type=cli.count, default=0, metavar="N", help="CPU threads, 0 = all cores")
     g.add_argument(
@@ -232,7 +241,7 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
         responses=either,
     )
     async def chat(body: ChatRequest, http: HttpRequest):
-        served, thinking = find(body.model), body.thinking()
+        served, thinking = find(body.model), body.thinking(bool(args.open_thinking))
         if served.is_base:
             raise ProtocolError(
                 400, f"{served.name} continues text and does not chat: use /v1/completions", "model"

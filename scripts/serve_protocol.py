@@ -227,8 +227,9 @@ class ChatRequest(Common):
     def limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
-    def thinking(self) -> bool:
-        """Does the answer begin with thoughts? By any of the names that clients have for it."""
+    def thinking(self, default: bool = False) -> bool:
+        """Does the answer begin with thoughts? By any of the names that clients have for it; `default`: for
+        those that do not say."""
         known = {"open_thinking": self.open_thinking, **(self.chat_template_kwargs or {})}
         for name, value in known.items():
             where = f"chat_template_kwargs.{name}"
@@ -240,9 +241,10 @@ class ChatRequest(Common):
                 and not isinstance(value, bool)
             ):
                 raise ProtocolError(400, f"{where} must be true or false", where)
-        if self.reasoning_effort not in (None, "none"):
-            return True
-        return bool(known.get("open_thinking") or known.get("enable_thinking"))
+        said = [value for value in known.values() if value is not None]
+        if self.reasoning_effort is not None:
+            said.append(self.reasoning_effort != "none")
+        return any(said) if said else default
 
     def offered(self) -> list[dict] | None:
         """The tools as the template takes them; None where there are none, or none may be called."""

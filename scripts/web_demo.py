@@ -241,7 +241,7 @@ def choose_model(settings: dict):
     if names and (st.session_state.get("name") is None or st.session_state.get("asked_at") != address):
         st.session_state.name, st.session_state.asked_at = names[0], address  # a new server, or it came up
     name = st.selectbox(text("name"), names, key="name", accept_new_options=True)
-    return (lambda thinking: remote(client, name, settings, thinking)) if name else None, name or ""
+    return (lambda thinking: remote(client, name, settings, thinking or None)) if name else None, name or ""
 
 
 @st.cache_data(ttl=30, show_spinner=False)

@@ -97,6 +97,66 @@ def test_streamed_and_whole_answers_are_the_same(client):
     )
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["你好", "é"]}, "b": {"type": "boolean"}}}
+SCHEMA |= {"required": ["a", "b"], "additionalProperties": False}
+ENDING = {str(THINK_END): 5}  # random weights would hardly come to an end
+THOUGHTS = {"chat_template_kwargs": {"open_thinking": True}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tools": TOOLS, "tool_choice": "required"},
+        {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "logprobs": True},
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "second"}}},
+        {"tools": TOOLS},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+        {"response_format": {"type": "json_object"}, "max_tokens": 12},
+        {"extra_body": {**THOUGHTS, "logit_bias": {str(THINK_END): 9}}},
+        {
+            "extra_body": THOUGHTS,
+            "tools": TOOLS,
+            "tool_choice": "required",
+            "logit_bias": {str(THINK_END): 9},
+        },
+        {"stop": ["e", "的"], "frequency_penalty": 1.5, "presence_penalty": -1},
+    ],
+    ids="calls one_call named tools schema json thoughts thoughts_calls stop".split(),
+)
+def test_seeded_answers_are_the_same_streamed_and_whole(client, settings):
+    """Thoughts, words, calls, reasons and log-probs of three choices."""
+    settings = dict(seed=11, temperature=1.0, n=3, max_tokens=200) | settings
+    whole = ask(client, **settings)
+    streamed, _ = gather(ask(client, stream=True, **settings))
+    for choice, known in zip(whole.choices, streamed, strict=True):
+        message = choice.message
+        assert (message.content or "") == known["content"]
+        assert (getattr(message, "reasoning_content", None) or "") == known["reasoning"]
+        calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+        assert calls == [call[1:] for call in known["calls"]]
+        assert bool(calls) == (settings.get("tool_choice") is not None)
+        assert bool(known["reasoning"]) == ("extra_body" in settings)
+        assert choice.finish_reason == known["finish_reason"]
+        assert (choice.logprobs.content if choice.logprobs else []) == known["logprobs"]
+
+
+@pytest.mark.parametrize("settings", [{"n": 2, "logprobs": 2}, {"n": 2, "echo": True, "logprobs": 0}, {}])
+def test_plain_completions_are_the_same_streamed_and_whole(client, settings):
+    settings |= dict(model="text", prompt=["The sky is", "天空"], seed=3, max_tokens=12)
+    whole = client.completions.create(**settings)
+    found = {choice.index: ["", [], None] for choice in whole.choices}
+    for chunk in client.completions.create(**settings, stream=True):
+        for choice in chunk.choices:
+            known = found[choice.index]
+            known[0] += choice.text
+            known[1] += choice.logprobs.token_logprobs if choice.logprobs else []
+            known[2] = choice.finish_reason or known[2]
+    assert len(found) == 2 * settings.get("n", 1)
+    for choice in whole.choices:
+        logprobs = choice.logprobs.token_logprobs if choice.logprobs else []
+        assert [choice.text, logprobs, choice.finish_reason] == found[choice.index]
+
+
 def test_without_stream_options_there_is_no_usage(client):
     assert gather(ask(client, stream=True))[1] is None
 
@@ -465,6 +525,14 @@ def test_keys_limits_and_origins():
             headers = preflight | {"Origin": origin}
             answer = httpx.options(f"{server.url}/v1/chat/completions", headers=headers)
             assert ("access-control-allow-origin" in answer.headers) == allowed
+
+
+def test_thinking_where_a_request_does_not_say():
+    with LiveServer("--open_thinking", "1") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        assert ask(client, max_tokens=4).choices[0].message.reasoning_content
+        direct = {"chat_template_kwargs": {"enable_thinking": False}}
+        assert ask(client, max_tokens=4, extra_body=direct).choices[0].message.content
 
 
 def test_whoever_asks_less_comes_first():

@@ -132,8 +132,10 @@ def test_thinking_by_every_name():
     assert chat(chat_template_kwargs={"open_thinking": True}).thinking()
     assert chat(chat_template_kwargs={"enable_thinking": True}).thinking()
     assert chat(reasoning_effort="low").thinking()
-    assert not chat(reasoning_effort="none").thinking()
-    assert not chat(chat_template_kwargs={"enable_thinking": False}).thinking()
+    for no in ({"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}):
+        assert not chat(**no).thinking() and not chat(**no).thinking(default=True)
+    assert chat().thinking(default=True) and chat(chat_template_kwargs={}).thinking(default=True)
+    assert not chat().thinking()
     for wrong in ("false", 1, 0, []):
         with pytest.raises(ProtocolError, match="must be true or false"):
             chat(chat_template_kwargs={"enable_thinking": wrong}).thinking()
