@@ -7,18 +7,22 @@ server: what the terminal client, the web demo and the tool-use exam share.
     messages                                            # has the answer, the calls and their results
 """
 
+import contextlib
 import json
+import queue
+import threading
 from collections.abc import Callable, Iterator
 
 from scripts.serve_protocol import AnswerParser, new_id
 from trainer.tools import MAX_RESULT, Call, execute, offered, read_json
 
 # What `speak` and `converse` yield: ("reasoning", text), ("content", text), ("call", {"id", "name",
-# "arguments" as JSON text}), ("result", {"id", "name", "content", "ok"}), ("usage", tokens), ("end", reason).
+# "arguments" as JSON text}), ("result", {"id", "name", "content", "ok"}), ("usage", so many tokens more),
+# ("end", reason).
 Piece = tuple[str, object]
 Speak = Callable[[list[dict], list[dict] | None], Iterator[Piece]]
 
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+FIELDS = {"content": "content", "reasoning": "reasoning_content"}  # of a message
 
 
 def local(native, settings: dict, thinking: bool = False) -> Speak:
@@ -30,12 +34,12 @@ def local(native, settings: dict, thinking: bool = False) -> Speak:
         count, called = 0, False
         for piece, tokens in pieces:
             count += tokens
+            yield "usage", tokens  # also while a call is being written, and nothing else comes
             for kind, value in parser.put(piece):
                 called |= kind == "call"
                 yield kind, as_call(value) if kind == "call" else value
         for kind, value in parser.put("", last=True):
             yield kind, as_call(value) if kind == "call" else value
-        yield "usage", count
         cut = count >= settings.get("max_new_tokens", 1 << 30)
         yield "end", "tool_calls" if called else "length" if cut else "stop"
 
@@ -102,16 +106,16 @@ def converse(
 ) -> Iterator[Piece]:
     """Answer, run the tools that were called, and go on until an answer calls none, at most `rounds` times.
 
-    `messages` grows by what was said; when the iterator is closed in the middle, by what was said until then.
+    `messages` grows as it is said. When the iterator is closed in the middle, what was said stays.
     """
     for _ in range(rounds):
-        texts = {"content": "", "reasoning": ""}
-        calls: list[dict] = []
-        end, finished = "stop", False
+        said, calls, end, finished = speak(list(messages), tools), [], "stop", False
+        message = {"role": "assistant", "content": ""}
+        messages.append(message)
         try:
-            for kind, value in speak(messages, tools):
-                if kind in texts:
-                    texts[kind] += value
+            for kind, value in said:
+                if kind in FIELDS:
+                    message[FIELDS[kind]] = message.get(FIELDS[kind], "") + value
                 elif kind == "call":
                     calls.append(value)
                 elif kind == "end":
@@ -120,33 +124,72 @@ def converse(
                     yield kind, value
             finished = True
         finally:
-            if not finished:  # stopped in the middle: a call that was not run would have no result
-                calls = []
-            if finished or any(texts.values()):
-                messages.append(assistant_message(texts["content"], texts["reasoning"], calls))
-        results = []
-        for call in calls:  # all of them before the next yield: whoever stops here leaves no call without one
-            content, ok = run(call, tools)
-            messages.append({"role": "tool", "tool_call_id": call["id"], "content": content})
-            results.append({"id": call["id"], "name": call["name"], "content": content, "ok": ok})
-        for result in results:
-            yield "result", result
+            if not finished and not any(message.get(name) for name in FIELDS.values()):
+                messages.pop()  # nothing was said, and a call that was not run would have no result
+        results = [(call, *run(call, tools)) for call in calls]
+        if calls:  # with all results before the next yield: whoever stops here leaves no call without one
+            message["tool_calls"] = [as_tool_call(call) for call in calls]
+            messages += [
+                {"role": "tool", "tool_call_id": call["id"], "content": content}
+                for call, content, _ in results
+            ]
+        for call, content, ok in results:
+            yield "result", {"id": call["id"], "name": call["name"], "content": content, "ok": ok}
         if not calls:
             yield "end", end
             return
     yield "end", "rounds"
 
 
-def assistant_message(content: str, reasoning: str = "", calls: list[dict] = ()) -> dict:
-    message: dict = {"role": "assistant", "content": content}
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = [
-            {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
-            for c in calls
-        ]
-    return message
+def as_tool_call(call: dict) -> dict:
+    function = {"name": call["name"], "arguments": call["arguments"]}
+    return {"id": call["id"], "type": "function", "function": function}
+
+
+class Background:
+    """An iterator of pieces in a thread of its own, so that whoever shows them can stop at any time, also
+    while a long prompt is being read and nothing comes.
+
+        with contextlib.closing(Background(converse(...))) as pieces:
+            for piece in pieces: ...        # None after every PAUSE seconds without one
+    """
+
+    PAUSE = 0.2
+
+    def __init__(self, pieces: Iterator[Piece]):
+        self.pieces, self.arrived, self.stopped = pieces, queue.SimpleQueue(), False
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def work(self):
+        try:
+            with contextlib.closing(self.pieces):
+                for piece in self.pieces:
+                    if self.stopped:
+                        break
+                    self.arrived.put(piece)
+        except Exception as error:  # goes to whoever iterates
+            self.error = error
+        self.arrived.put(None)
+
+    def __iter__(self) -> Iterator[Piece | None]:
+        while True:
+            try:
+                piece = self.arrived.get(timeout=self.PAUSE)
+            except queue.Empty:
+                yield None
+                continue
+            if piece is None:
+                break
+            yield piece
+        if self.error:
+            raise self.error
+
+    def close(self, seconds: float = 2):
+        """Ends with the next piece. A thread that gets none within these seconds is left to itself."""
+        self.stopped = True
+        self.thread.join(seconds)
 
 
 def run(call: dict, tools: list[dict] | None) -> tuple[str, bool]:

@@ -9,6 +9,7 @@ model says is shown as text: no HTML of it is rendered, no picture is fetched, a
 
 import argparse
 import contextlib
+import copy
 import json
 import re
 import sys
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
 
 import streamlit as st
 
-from scripts.conversation import converse, explain, local, recent, remote
+from scripts.conversation import Background, converse, explain, local, recent, remote
 from trainer.tools import TOOLS
 
 THOUGHTS = ":material/lightbulb:"
@@ -191,10 +192,11 @@ def load(path: str, changed: float, adapters: tuple[str, ...]):
 
 def locked(speak, lock):
     """One answer at a time: a model here has one engine for all windows."""
+    busy = text("busy")
 
     def alone(messages, tools):
         if not lock.acquire(timeout=30):
-            raise ValueError(text("busy"))
+            raise ValueError(busy)
         try:
             yield from speak(messages, tools)
         finally:
@@ -403,24 +405,34 @@ def show_question(place: int, question: dict):
 
 def answer(make, thinking: bool, tools: list[str], system: str, history: int):
     """Ask the model and show what it says as it comes. Pressing Stop, or anything else, ends this run of the
-    script and starts the next one; what was said until then stays."""
+    script at its next call into Streamlit and starts the next one; what was said until then stays."""
     state, messages, done = st.session_state, st.session_state.messages, threading.Event()
     state.done = done
     with st.chat_message("assistant"):
         st.button(text("stop"), key="stop", icon=":material/stop_circle:")
-        view = Answer()
+        shown, silence, view = st.container(), st.empty(), Answer()
         question = messages[-1]
         said = recent(messages[:-1], history)
         sent = [*([{"role": "system", "content": system}] if system.strip() else []), *said, question]
         begin = len(sent)
-        started, tokens = time.monotonic(), 0
+        started = last = touched = time.monotonic()
+        tokens = 0
         try:
             speak = make(thinking)
             schemas = [TOOLS[name] for name in tools] or None
-            with contextlib.closing(converse(speak, sent, schemas)) as pieces:
-                for kind, value in pieces:
+            with contextlib.closing(Background(converse(speak, sent, schemas))) as pieces:
+                for piece in pieces:
+                    kind, value = piece or ("nothing", None)
                     tokens += value if kind == "usage" else 0
-                    view.add(kind, value)
+                    if kind not in ("nothing", "usage"):
+                        if touched > last:
+                            silence.empty()
+                        last = touched = time.monotonic()
+                        with shown:
+                            view.add(kind, value)
+                    elif time.monotonic() > touched + 0.3:  # a long prompt or call: else Stop had no effect
+                        touched = time.monotonic()
+                        silence.caption(f"{touched - last:.0f} s …")
         except Exception as error:  # whatever it is, the page shows it and goes on
             state.problem = " ".join(str(error).split())[:500] or type(error).__name__
             if type(error).__module__.startswith("openai"):
@@ -428,7 +440,7 @@ def answer(make, thinking: bool, tools: list[str], system: str, history: int):
         finally:
             # The next run of the script may have begun, and this one's session is cut off from it then:
             # only the list itself is still shared.
-            messages += sent[begin:]
+            messages += copy.deepcopy(sent[begin:])
             done.set()
         seconds = time.monotonic() - started
         state.speed = f"{tokens} tokens, {tokens / seconds:.0f} / s" if tokens else ""
@@ -495,15 +507,37 @@ FIRST = [
 ]
 
 
-def read_log(path: Path) -> list[dict]:
-    """The steps in a log; a line that is being written is left out."""
-    steps = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and "step" in entry:
-                steps.append({k: v for k, v in entry.items() if type(v) in (int, float)})
-    return steps
+POINTS = 1000  # of a curve, at most: a page cannot show more
+
+
+class Log:
+    """The steps in a log. Every `update` reads what was written since the last one; a line that is being
+    written waits until it is whole."""
+
+    def __init__(self, path: Path):
+        self.path, self.position, self.steps = path, 0, []
+
+    def update(self) -> list[dict]:
+        with self.path.open("rb") as file:
+            if file.seek(0, 2) < self.position:  # a new run has begun it anew
+                self.position, self.steps = 0, []
+            file.seek(self.position)
+            whole, _, _ = file.read().rpartition(b"\n")
+        self.position += len(whole) + bool(whole)
+        for line in whole.decode("utf-8", "replace").splitlines():
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and "step" in entry:
+                    self.steps.append({k: v for k, v in entry.items() if type(v) in (int, float)})
+        return self.steps
+
+
+def tail(path: Path, count: int) -> list[str]:
+    """The last lines of a file, which may be long."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - (1 << 18), 0))
+        return file.read().decode("utf-8", "replace").splitlines()[-count:]
 
 
 def training_page():
@@ -529,7 +563,9 @@ def training_page():
 def show_run(path: Path):
     import pandas
 
-    table = pandas.DataFrame(read_log(path))
+    if getattr(st.session_state.get("log"), "path", None) != path:
+        st.session_state.log = Log(path)
+    table = pandas.DataFrame(st.session_state.log.update())
     if table.empty:
         st.caption("...")
         return
@@ -543,11 +579,12 @@ def show_run(path: Path):
     for i, name in enumerate(chosen):
         with columns[i % 2]:
             st.metric(name, f"{last[name]:,.4g}")
-            st.line_chart(table[name].dropna(), height=180, x_label=text("step"), y_label="")
+            curve = table[name].dropna()
+            st.line_chart(curve[:: -(-len(curve) // POINTS)], height=180, x_label=text("step"), y_label="")
     samples = path.with_name(path.name.replace("_log.jsonl", "_samples.jsonl"))
     if samples.exists():
         st.subheader(text("samples"))
-        for line in samples.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]:
+        for line in tail(samples, 8):
             with contextlib.suppress(ValueError):
                 show_sample(json.loads(line))
 

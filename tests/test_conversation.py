@@ -1,13 +1,14 @@
 """Conversations with tools, as the terminal client, the web demo and the tool-use exam have them."""
 
 import json
+import threading
 
 import openai
 import pytest
 from serve_helpers import LiveServer, small_native
 
 from scripts import chat_api, eval_toolcall
-from scripts.conversation import converse, local, recent, remote
+from scripts.conversation import Background, converse, local, recent, remote
 from trainer import cli
 from trainer.tools import TOOLS
 
@@ -100,6 +101,38 @@ def test_who_stops_in_the_middle_keeps_what_was_said(after, said):
     assert [m["content"] for m in messages[1:]] == said and not any("tool_calls" in m for m in messages)
 
 
+def test_who_stops_does_not_wait_for_a_model_that_says_nothing():
+    goes_on = threading.Event()
+
+    def speak(messages, tools):
+        yield "content", "half"
+        goes_on.wait(20)
+        yield "content", " an"
+
+    messages = [{"role": "user", "content": "?"}]
+    talk = Background(converse(speak, messages))
+    pieces = iter(talk)
+    assert next(pieces) == ("content", "half")
+    assert next(pieces) is None  # nothing comes, and who waits may look up
+    talk.close(seconds=0.1)
+    assert talk.thread.is_alive() and messages[1] == {"role": "assistant", "content": "half"}
+    goes_on.set()
+    talk.thread.join(20)
+    assert not talk.thread.is_alive()
+
+
+def test_what_goes_wrong_in_the_background_is_raised_where_it_is_shown():
+    def speak(messages, tools):
+        yield "content", "half"
+        raise ValueError("no more")
+
+    found = []
+    with pytest.raises(ValueError, match="no more"):
+        for piece in Background(converse(speak, [])):
+            found += [piece] if piece else []
+    assert found == [("content", "half")]
+
+
 def test_history_begins_with_a_question():
     roles = "user assistant tool assistant user assistant".split()
     messages = [{"role": role, "content": str(i)} for i, role in enumerate(roles)]
@@ -118,7 +151,8 @@ def test_a_model_here_and_on_a_server_say_the_same():
         there = list(remote(client, "chat", settings)(messages, None))
         thoughts = list(remote(client, "chat", settings, thinking=True)(messages, None))
     for pieces in (here, there):
-        assert pieces[-2:] == [("usage", 12), ("end", "length")]
+        assert sum(value for kind, value in pieces if kind == "usage") == 12
+        assert pieces[-1] == ("end", "length")
     assert (
         "".join(v for k, v in here if k == "content") == "".join(v for k, v in there if k == "content") != ""
     )

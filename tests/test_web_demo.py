@@ -186,7 +186,7 @@ def test_training_page(folder, monkeypatch):
     ]
     lines = [json.dumps(step) for step in steps] + ['{"step": 4, "lo']  # being written
     (folder / "grpo_log.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert web_demo.read_log(folder / "grpo_log.jsonl")[-1] == {"step": 3, "loss": 2, "val_loss": 7.0}
+    assert web_demo.Log(folder / "grpo_log.jsonl").update()[-1] == {"step": 3, "loss": 2, "val_loss": 7.0}
     sample = {"step": 1, "question": "2+2?", "turns": ["<b>4</b>"], "reward": 1.0, "parts": {"correct": 1.0}}
     (folder / "grpo_samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
 
@@ -203,6 +203,18 @@ def test_training_page(folder, monkeypatch):
     assert (
         "No run has written a log" in AppTest.from_function(training, default_timeout=60).run().info[0].value
     )
+
+
+def test_a_log_is_read_as_it_grows(tmp_path):
+    path = tmp_path / "x_log.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 3}\n[1]\nnonsense\n{"step": 2, "no')
+    log = web_demo.Log(path)
+    assert log.update() == [{"step": 1, "loss": 3}]
+    with path.open("ab") as file:
+        file.write('te": "é", "loss": 2}\n{"step": 3'.encode())
+    assert log.update() == log.update() == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}]
+    path.write_bytes(b'{"step": 1, "loss": 9}\n')  # a new run
+    assert log.update() == [{"step": 1, "loss": 9}]
 
 
 def test_conversation_as_markdown():
