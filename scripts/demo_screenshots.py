@@ -136,6 +136,20 @@ class Browser:
         if wait:
             self.finished()
 
+    def paste(self, text: str):
+        """A long question at once, into the page's own way of noticing it."""
+        from selenium.webdriver.common.keys import Keys
+
+        box = self.find("//*[@data-testid='stChatInput']//textarea")
+        self.driver.execute_script(
+            "Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, 'value').set.call("
+            "arguments[0], arguments[1]); arguments[0].dispatchEvent(new Event('input', {bubbles: true}))",
+            box,
+            text,
+        )
+        time.sleep(0.5)
+        box.send_keys(Keys.ENTER)
+
     def finished(self):
         self.button("again", 120)
         time.sleep(0.5)
@@ -232,6 +246,13 @@ def walk(browser: Browser, width: str):
     browser.check(
         len(browser.answer()) > 20 and browser.answer() != stopped, "Answer again gives another answer"
     )
+    browser.paste("天地玄黄" * 7000)
+    browser.find("(//*[@data-testid='stChatMessage'])[last()][contains(., ' s …')]", 60)
+    started = time.monotonic()
+    browser.button("stop").click()
+    browser.finished()
+    seconds = time.monotonic() - started
+    browser.check(seconds < 8, f"Stop works while a long question is being read ({seconds:.1f} s)")
 
 
 def chinese(browser: Browser, width: str):

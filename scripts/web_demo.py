@@ -26,6 +26,7 @@ import streamlit as st
 from scripts.conversation import Background, converse, explain, local, recent, remote
 from trainer.tools import TOOLS
 
+LONG = 1500  # characters of a question that is shown in a box of its own
 THOUGHTS = ":material/lightbulb:"
 TEXTS = {
     "English": {
@@ -391,7 +392,9 @@ def show_question(place: int, question: dict):
                     st.rerun()
             return
         with st.container(horizontal=True, vertical_alignment="center"):
-            st.markdown(harmless(question["content"]))
+            long = len(question["content"]) > LONG
+            with st.container(height=240 if long else "content", border=False, width="stretch"):
+                st.markdown(harmless(question["content"]))
             if st.button("", key=f"edit {place}", type="tertiary", icon=":material/edit:", help=text("edit")):
                 state.editing = place
                 st.rerun()
