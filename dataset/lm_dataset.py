@@ -20,6 +20,7 @@ import hashlib
 import json
 import random
 import re
+import threading
 import weakref
 from pathlib import Path
 
@@ -250,12 +251,13 @@ class TextEncoder:
             stubs.append(stub)
             shape.append((stub["role"], bool(stub["content"]), "reasoning_content" in stub, len(calls)))
         key = (tuple(shape), len(tools or ()), generation_prompt, open_thinking)
-        skeleton = self.skeletons.get(key)
-        if skeleton is None:
-            skeleton = self._compile(stubs, tool_stubs, generation_prompt, open_thinking)
-            if sum(len(shape) for shape, *_ in self.skeletons) > 16_384:  # messages, 1.6 KB each
-                self.skeletons.clear()
-            self.skeletons[key] = skeleton
+        with _lock:
+            skeleton = self.skeletons.get(key)
+            if skeleton is None:
+                skeleton = self._compile(stubs, tool_stubs, generation_prompt, open_thinking)
+                if sum(len(shape) for shape, *_ in self.skeletons) > 16_384:  # messages, 1.6 KB each
+                    self.skeletons.clear()
+                self.skeletons[key] = skeleton
         return skeleton, slots
 
     def _compile(self, stubs, tool_stubs, generation_prompt, open_thinking):
@@ -312,6 +314,7 @@ class TextEncoder:
 
 
 _encoders = weakref.WeakKeyDictionary()
+_lock = threading.Lock()  # a server encodes in several threads
 
 # Byte-level BPE writes every byte as a visible character: itself where it is one, else one from U+0100 on.
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -18,8 +18,11 @@ the next turn of a chat does, is read from where the two part.
 Dimensions: n rows in flight, L layers, K key/value heads, hd head size, S slots, T tokens, V vocabulary.
 """
 
+import itertools
 import math
+import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +31,8 @@ from model.generation import Generator, KeyValueCache, Sampling, TextStream, row
 from model.precision import prefers_bfloat16
 
 DRAWS = 64  # random numbers made at once for a row
-SHORTEST_PREFIX = 16  # tokens: finding less is not worth a copy
+BLOCK = 16  # tokens: finding fewer is not worth a copy
+CANDIDATES = 8  # sequences that are compared with a prompt
 HEADROOM = 64  # tokens that rows may grow after one joined before another has to make room
 
 
@@ -251,52 +255,62 @@ class Known:
         return 2 * self.keys.numel() * self.keys.element_size()
 
 
+def block_names(ids: list[int]) -> Iterator[int]:
+    """A number for every whole block of tokens: it stands for the block and all before it."""
+    name = 0
+    for end in range(BLOCK, len(ids) + 1, BLOCK):
+        name = hash((name, *ids[end - BLOCK : end]))
+        yield name
+
+
 class PrefixStore:
     """Sequences with their keys and values, up to so many bytes; the least recently used goes first. They are
-    found by their first tokens."""
+    found by the blocks of tokens they begin with, whatever else is kept."""
 
     def __init__(self, limit: int):
         self.limit, self.bytes = limit, 0
-        self.entries: dict[int, Known] = {}  # by number, the least recently used first
-        self.alike: dict[tuple, list[int]] = {}  # numbers of those that begin with these tokens
-        self.next = 0
+        self.entries: dict[Known, list[int]] = {}  # and its blocks, the least recently used first
+        self.blocks: dict[int, dict[Known, None]] = {}  # entries that have it, the oldest first
 
     def find(self, prompt: list[int]) -> tuple[int, Known | None]:
         """(tokens in common, the entry that begins most like the prompt), or (0, None). At least one token of
-        the prompt is left to be read, for the logits behind it."""
+        the prompt is left to be read, for the logits behind it. Of many entries that have the same last block
+        in common with it, the newest are looked at."""
+        alike: dict[Known, None] = {}
+        for name in block_names(prompt):
+            if name not in self.blocks:
+                break
+            alike = self.blocks[name]
         wanted, most, best = torch.tensor(prompt), 0, None
-        for number in self.alike.get(tuple(prompt[:SHORTEST_PREFIX]), ()):
-            ids = self.entries[number].ids
-            n = min(len(ids), len(prompt) - 1)
-            common = int((ids[:n] == wanted[:n]).cumprod(0).sum())
+        for entry in itertools.islice(reversed(alike), CANDIDATES):
+            n = min(len(entry.ids), len(prompt) - 1)
+            common = int((entry.ids[:n] == wanted[:n]).cumprod(0).sum())
             if common > most:
-                most, best = common, number
-        if best is None or most < SHORTEST_PREFIX:
+                most, best = common, entry
+        if best is None or most < BLOCK:
             return 0, None
         self.entries[best] = self.entries.pop(best)
-        return most, self.entries[best]
+        return most, best
 
-    def put(self, new: Known):
-        if len(new.ids) < SHORTEST_PREFIX or new.bytes > self.limit:
+    def put(self, new: Known, longer_than: Known | None = None):
+        """Keep it; `longer_than`, which it begins with, is not needed any longer."""
+        if len(new.ids) < BLOCK or new.bytes > self.limit:
             return
-        key = tuple(new.ids[:SHORTEST_PREFIX].tolist())
-        for number in list(self.alike.get(key, ())):  # what the new one contains is not needed any longer
-            if begins_with(new.ids, self.entries[number].ids):
-                self.remove(number)
-        self.alike.setdefault(key, []).append(self.next)
-        self.entries[self.next] = new
-        self.next += 1
+        if longer_than in self.entries and begins_with(new.ids, longer_than.ids):
+            self.remove(longer_than)
+        self.entries[new] = list(block_names(new.ids.tolist()))
+        for name in self.entries[new]:
+            self.blocks.setdefault(name, {})[new] = None
         self.bytes += new.bytes
         while self.bytes > self.limit:
             self.remove(next(iter(self.entries)))
 
-    def remove(self, number: int):
-        entry = self.entries.pop(number)
+    def remove(self, entry: Known):
         self.bytes -= entry.bytes
-        key = tuple(entry.ids[:SHORTEST_PREFIX].tolist())
-        self.alike[key].remove(number)
-        if not self.alike[key]:
-            del self.alike[key]
+        for name in self.entries.pop(entry):
+            del self.blocks[name][entry]
+            if not self.blocks[name]:
+                del self.blocks[name]
 
 
 def begins_with(ids: torch.Tensor, start: torch.Tensor) -> bool:
@@ -306,9 +320,9 @@ def begins_with(ids: torch.Tensor, start: torch.Tensor) -> bool:
 class Reading:
     """Tokens that are being read: of a prompt, or again those of a row that had to make room."""
 
-    def __init__(self, request: Request, ids: list[int], keys, values, done: int, row: Row | None):
+    def __init__(self, request: Request, ids: list[int], keys, values, done: int, row: Row | None, known):
         self.request, self.ids, self.keys, self.values = request, ids, keys, values
-        self.done, self.row = done, row
+        self.done, self.row, self.known = done, row, known
 
 
 class Batch:
@@ -391,9 +405,9 @@ class Batch:
                 return self.begin(self.waiting.popleft(), request.prompt, None)
         return None
 
-    def read(self):
+    def read(self, hurry: bool):
         """Some tokens of waiting prompts; a prompt that is done becomes rows."""
-        budget = self.prefill_tokens if self.rows else max(self.prefill_tokens, self.engine.prefill_tokens)
+        budget = self.prefill_tokens if hurry else max(self.prefill_tokens, self.engine.prefill_tokens)
         while budget > 0:
             self.reading = self.reading or self.next_reading()
             now = self.reading
@@ -423,7 +437,7 @@ class Batch:
             values[:, :, :done] = known.values[:, :, :done]
         if row is None:
             request.reused_tokens = done
-        return Reading(request, ids, keys, values, done, row)
+        return Reading(request, ids, keys, values, done, row, known)
 
     def join(self, now: Reading, logits: torch.Tensor):
         """logits (1, V) behind what was read."""
@@ -431,7 +445,10 @@ class Batch:
         if now.row is None:
             (seeds,) = row_seeds([now.ids], now.request.sampling)
             new = [Row(now.request, number, seed, self.engine) for number, seed in enumerate(seeds)]
-            self.prefixes.put(Known(torch.tensor(now.ids), now.keys, now.values))
+            known = Known(torch.tensor(now.ids), now.keys, now.values)
+            self.prefixes.put(known, now.known)
+            for row in new:
+                row.known = weakref.ref(known)  # it may be dropped from the store while the row runs
         for row in new:
             row.arrival, self.arrivals = self.arrivals, self.arrivals + 1
             self.cache.add(now.keys, now.values)
@@ -442,8 +459,9 @@ class Batch:
     # ---- one step ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> list[News]:
-        """One token for every running row, after reading a little; an empty list when none is running yet."""
+    def step(self, hurry: bool = False) -> list[News]:
+        """One token for every running row, after reading a little; an empty list when none is running yet.
+        hurry: read only a little, although no row runs here: those of other models wait."""
         self.leave([i for i, row in enumerate(self.rows) if row.request.cancelled])
         self.waiting = deque(request for request in self.waiting if not request.cancelled)
         self.paused = [row for row in self.paused if not row.request.cancelled]
@@ -453,7 +471,7 @@ class Batch:
         if self.rows:
             fed = torch.tensor([row.ids[-1] for row in self.rows], device=self.engine.device)
             self.logits = self.engine.decode(fed, self.cache).float()
-        self.read()
+        self.read(hurry or bool(self.rows))
         if not self.rows:
             return []
         news = [self.take(*one) for one in zip(self.rows, *self.choose())]
@@ -537,8 +555,10 @@ class Batch:
         if not self.prefixes.limit:
             return
         row = self.rows[i]
-        keys, values = self.cache.row(i)
-        self.prefixes.put(Known(torch.tensor(row.request.prompt + row.ids[:-1]), keys, values))
+        shorter, (keys, values) = row.known(), self.cache.row(i)
+        known = Known(torch.tensor(row.request.prompt + row.ids[:-1]), keys, values)
+        self.prefixes.put(known, shorter)
+        row.known = weakref.ref(known)
 
     def leave(self, gone: list[int]):
         if not gone:

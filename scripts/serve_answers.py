@@ -2,6 +2,7 @@
 the worker."""
 
 import asyncio
+import codecs
 import json
 import logging
 import time
@@ -50,6 +51,7 @@ class Served:
             say("llguidance is not installed: response_format and forced tool calls are refused")
         self.token_texts = TextEncoder.of(self.tokenizer).token_texts()
         self.longest_token = max(map(len, self.token_texts))
+        self.special = frozenset(self.tokenizer.all_special_ids)  # not part of an answer's text
 
     def refuse_long(self, text: str, messages: int):
         """Before a text is encoded, which nothing can interrupt: one that is too long however it is cut."""
@@ -70,6 +72,12 @@ class Served:
 
     def request(self, body: Common, prompt: list[int], max_tokens: int, **more) -> Request:
         """What both kinds of completion have in common, for the batch."""
+        if not all(0 <= token < self.vocab_size for token in body.stop_token_ids or ()):
+            raise ProtocolError(
+                400, f"stop_token_ids: tokens are 0 to {self.vocab_size - 1}", "stop_token_ids"
+            )
+        if body.ignore_eos and more.get("guide"):
+            raise ProtocolError(400, "ignore_eos: an answer of a given form ends with it", "ignore_eos")
         return Request(
             prompt,
             body.sampling(max_tokens),
@@ -80,6 +88,14 @@ class Served:
             reuse=body.seed is None,  # whoever wants an answer again wants it exactly
             **more,
         )
+
+    def token_name(self, token: int) -> str:
+        """As OpenAI writes it: tokens that are no whole characters by their bytes."""
+        text = self.token_texts[token]
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
     def token_entry(self, token: int, logprob: float) -> dict:
         text = self.token_texts[token]
@@ -199,40 +215,49 @@ class TextAnswer:
     def __init__(self, served: Served, body: CompletionRequest, request: Request, text: str):
         self.served, self.body, self.request = served, body, request
         self.echo = text if body.echo else None
-        self.offset, self.bos = 0, TextEncoder.of(served.tokenizer).bos
         self.tokens = 0
         self.finish_reason: str | None = None
+        self.characters = codecs.getincrementaldecoder("utf-8")("ignore")
+        self.offset = self.sent = 0  # characters: of the next token, and of what was handed out
+        self.late: list[tuple] = []  # tokens whose text may still be cut off by a stop string
 
     def put(self, new) -> tuple[str, dict | None]:
         """One more token -> (text, log-probs), with what is echoed before the first."""
-        text, entries = "", []
+        text, ended = "", new.finish_reason
         if self.tokens == 0 and self.echo is not None:
-            text = self.echo
-            prompt = self.request.prompt
-            entries = [(prompt[0], None, None)]
-            entries += [(t, *score) for t, score in zip(prompt[1:], self.request.prompt_scores)]
+            text, prompt = self.echo, self.request.prompt
+            scores = [(None, None), *self.request.prompt_scores]
+            hidden = isinstance(self.body.prompt, str) or isinstance(self.body.prompt[0], str)  # bos
+            for place, (token, score) in enumerate(zip(prompt, scores)):
+                self.place(token, *score, in_text=place > 0 or not hidden)
         if self.body.max_tokens != 0:
             self.tokens += 1
             text += new.piece
-            entries.append((new.token, new.score, new.top))
-        if new.finish_reason:
-            cut = new.finish_reason == "length" or self.body.max_tokens == 0
+            self.place(new.token, new.score, new.top, in_text=new.token not in self.served.special)
+        if ended:
+            cut = ended == "length" or self.body.max_tokens == 0
             self.finish_reason = "length" if cut else "stop"
-        return text, self.logprobs(entries) if self.body.logprobs is not None else None
+        self.sent += len(text)
+        whole = ended and ended != "stop"
+        ready = [entry for entry in self.late if whole or entry[0] < self.sent]
+        self.late = self.late[len(ready) :]
+        return text, self.logprobs(ready) if self.body.logprobs is not None else None
+
+    def place(self, token: int, logprob, top, in_text: bool):
+        self.late.append((self.offset, token, logprob, top))
+        if in_text:  # a character of several tokens begins with the first of them
+            self.offset += len(self.characters.decode(self.served.token_texts[token]))
 
     def logprobs(self, entries: list) -> dict:
-        found: dict = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token, logprob, top in entries:
-            text = self.served.token_texts[token].decode("utf-8", "replace")
-            found["tokens"].append(text)
-            found["token_logprobs"].append(logprob)
-            likeliest = {
-                self.served.token_texts[t].decode("utf-8", "replace"): p for t, p in reversed(top or ())
-            }
-            found["top_logprobs"].append(likeliest if top else None)
-            found["text_offset"].append(self.offset)
-            self.offset += len(text) if token != self.bos else 0  # it is not part of the text
-        return found
+        name = self.served.token_name
+        return {
+            "tokens": [name(token) for _, token, _, _ in entries],
+            "token_logprobs": [logprob for _, _, logprob, _ in entries],
+            "top_logprobs": [
+                {name(t): p for t, p in reversed(top)} if top else None for _, _, _, top in entries
+            ],
+            "text_offset": [offset for offset, _, _, _ in entries],
+        }
 
 
 async def merged(streams: list):

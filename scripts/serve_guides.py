@@ -14,15 +14,16 @@ COMPACT = {"whitespace_flexible": False, "key_separator": ": ", "item_separator"
 
 class Guide:
     """One answer on its way through a grammar. With `after`, the token that ends thoughts, the grammar begins
-    behind it. Raises ValueError when the grammar cannot go on, as when it became too complex."""
+    behind it, and the answer cannot end before. Raises ValueError when the grammar cannot go on, as when it
+    became too complex."""
 
-    def __init__(self, matcher, vocab_size: int, after: int | None = None):
-        self.matcher, self.vocab_size, self.after = matcher, vocab_size, after
+    def __init__(self, matcher, vocab_size: int, after: int | None = None, thoughts: torch.Tensor = None):
+        self.matcher, self.vocab_size, self.after, self.thoughts = matcher, vocab_size, after, thoughts
 
-    def allowed(self) -> torch.Tensor | None:
-        """(V,) bool, or None: any."""
+    def allowed(self) -> torch.Tensor:
+        """(V,) bool."""
         if self.after is not None:
-            return None
+            return self.thoughts
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         self.check()
         return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.vocab_size].astype(bool))
@@ -36,9 +37,12 @@ class Guide:
 
     def check(self):
         if self.matcher.is_error():
-            raise ValueError(
-                f"the answer cannot be made to follow its schema: {self.matcher.get_error()[:300]}"
-            )
+            raise ValueError(f"the answer cannot be made to follow its schema: {reason(self.matcher)}")
+
+
+def reason(matcher) -> str:
+    """The error of a matcher, without the state that it prints behind it."""
+    return " ".join(matcher.get_error().partition("<state>")[0].split())[:300]
 
 
 class Guides:
@@ -48,6 +52,8 @@ class Guides:
         from llguidance.hf import from_tokenizer
 
         self.vocab_size = vocab_size
+        self.thoughts = torch.ones(vocab_size, dtype=torch.bool)  # every token but the one that ends
+        self.thoughts[eos] = False
         self.tokens = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
         tags = ("<tool_call>", "</tool_call>", "</think>")
         self.open, self.close, self.think_end = (tokenizer.convert_tokens_to_ids(tag) for tag in tags)
@@ -79,11 +85,10 @@ class Guides:
             starts.append("words")
         grammar = "\n".join([f"start: {' | '.join(starts)}", *rules, ""])
         first = LLMatcher(self.tokens, grammar_of(grammar), log_level=0)
-        if first.get_error():
-            reason = " ".join(first.get_error().split())[:300]
-            raise ValueError(f"a schema cannot be followed: {reason}")
+        if first.is_error():
+            raise ValueError(f"a schema cannot be followed: {reason(first)}")
         after = self.think_end if thinking else None
-        return lambda: Guide(first.deep_copy(), self.vocab_size, after)
+        return lambda: Guide(first.deep_copy(), self.vocab_size, after, self.thoughts)
 
 
 def grammar_of(lark: str) -> str:

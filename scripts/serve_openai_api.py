@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import hmac
 import os
+import re
 import socket
 import sys
 import time
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
 
 import uvicorn
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -104,7 +105,7 @@ def parse_args(argv=None):
         type=cli.count,
         default=256,
         metavar="N",
-        help="requests that may wait; more get status 429",
+        help="answers that may wait for one of them, for each model; more get status 429",
     )
     g.add_argument(
         "--max_tokens",
@@ -120,14 +121,19 @@ def parse_args(argv=None):
         help="prompt and answer together, in tokens; without it the positions that the model has",
     )
     g.add_argument(
-        "--cache_gb", type=cli.positive_float, default=1.0, metavar="GB", help="memory for keys and values"
+        "--cache_gb",
+        type=cli.positive_float,
+        default=1.0,
+        metavar="GB",
+        help="memory for keys and values, for each model (weights with an adapter are one of their own)",
     )
     g.add_argument(
         "--prefix_gb",
         type=cli.non_negative_float,
         default=0.25,
         metavar="GB",
-        help="memory for those of finished chats: the next turn is read from where the last one ended",
+        help="memory for those of finished chats, for each model: the next turn is read from where the last "
+        "one ended",
     )
     g.add_argument(
         "--timeout", type=cli.positive_float, default=600.0, metavar="S", help="seconds a request may take"
@@ -165,6 +171,8 @@ def load_models(args) -> dict[str, "Served"]:
                 )
             name = args.load_from.resolve().name if is_folder else Path(weight).stem
             name += "" if adapter == "None" else f":{adapter}"
+            if name in models:
+                raise CheckpointError(f"--weight names two models {name}: they need names of their own")
             models[name] = Served(name, native, args)
     return models
 
@@ -195,13 +203,6 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
     either = {200: {"description": about, "content": {"text/event-stream": {}}}}
     app = FastAPI(title="MiniMind", description=__doc__, lifespan=lifespan, responses=errors)
 
-    def check_key(http: HttpRequest):
-        given = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if keys and not any(hmac.compare_digest(given, key.encode()) for key in keys):
-            raise ProtocolError(
-                401, "this server wants an API key, and this is none of its keys", None, "invalid_api_key"
-            )
-
     def find(name: str | None) -> Served:
         if name in (None, "", ALIAS):
             return next(iter(models.values()))
@@ -221,7 +222,7 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
     def submit(served: Served, request: Request, http: HttpRequest):
         host = http.client.host if http.client else ""
         # A key that nobody checks is no name: everybody sends the same.
-        client = http.headers.get("authorization", host) if keys else host
+        client = key_of(http.scope) if keys else host
         try:
             return worker.submit(served.name, request, client)
         except Refused as error:
@@ -232,14 +233,7 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
 
     # ---- chat ----------------------------------------------------------------------------------------------
 
-    needs_key = [Depends(check_key)]
-
-    @app.post(
-        "/v1/chat/completions",
-        dependencies=needs_key,
-        response_model=protocol.ChatCompletion,
-        responses=either,
-    )
+    @app.post("/v1/chat/completions", response_model=protocol.ChatCompletion, responses=either)
     async def chat(body: ChatRequest, http: HttpRequest):
         served, thinking = find(body.model), body.thinking(bool(args.open_thinking))
         if served.is_base:
@@ -292,7 +286,7 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
 
     # ---- plain text ----------------------------------------------------------------------------------------
 
-    @app.post("/v1/completions", dependencies=needs_key, response_model=protocol.Completion, responses=either)
+    @app.post("/v1/completions", response_model=protocol.Completion, responses=either)
     async def complete(body: CompletionRequest, http: HttpRequest):
         served = find(body.model)
         if body.suffix:
@@ -300,9 +294,10 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
         if body.best_of not in (None, body.n or 1):
             raise ProtocolError(400, "best_of other than n is not offered", "best_of")
         prompts = body.prompts()
-        if len(prompts) > args.max_waiting:
-            raise ProtocolError(400, f"more than {args.max_waiting} prompts in one request", "prompt")
         n, requests, answers = body.n or 1, [], []
+        most = args.max_rows + args.max_waiting
+        if len(prompts) * n > most:
+            raise ProtocolError(400, f"more than {most} answers are asked for in one request", "prompt")
         for text in prompts:
             prompt = await asyncio.to_thread(encode_text, served, text)
             limit = 1 if body.max_tokens == 0 else body.limit()  # for none one is drawn, and not sent
@@ -367,11 +362,11 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
             id=served.name, created=served.created, max_model_len=served.max_len
         ).model_dump()
 
-    @app.get("/v1/models", dependencies=needs_key, response_model=protocol.ModelList)
+    @app.get("/v1/models", response_model=protocol.ModelList)
     async def list_models():
         return {"object": "list", "data": [card(served) for served in models.values()]}
 
-    @app.get("/v1/models/{name}", dependencies=needs_key, response_model=protocol.Model)
+    @app.get("/v1/models/{name}", response_model=protocol.Model)
     async def one_model(name: str):
         return card(find(name))
 
@@ -395,11 +390,8 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_, error: RequestValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        what = "unknown field" if first["type"] == "extra_forbidden" else first["msg"]
-        text = f"{where}: {what}" if where else what
-        return JSONResponse(error_body(400, text, where or None), 400)
+        text, where = complaint(error.errors())
+        return JSONResponse(error_body(400, text, where), 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(http: HttpRequest, error: HTTPException):
@@ -413,15 +405,38 @@ def create_app(models: dict[str, Served], worker: Worker, args) -> FastAPI:
         body = error_of(error)
         return JSONResponse(body.body(), body.status)
 
-    if args.cors_origin:
+    local = args.host in LOOPBACK and not keys
+    app.add_middleware(Gate, limit=int(args.max_body_mb * 2**20), local=local, keys=keys)
+    if args.cors_origin:  # outermost: a page may read what the gate says, too
         from fastapi.middleware.cors import CORSMiddleware
 
         app.add_middleware(
             CORSMiddleware, allow_origins=args.cors_origin, allow_methods=["*"], allow_headers=["*"]
         )
-    local = args.host in LOOPBACK and not keys
-    app.add_middleware(Gate, limit=int(args.max_body_mb * 2**20), local=local)
     return app
+
+
+def complaint(errors: list[dict]) -> tuple[str, str | None]:
+    """(what is wrong with the first wrong field, its name). Of a field that may have several forms, what is
+    wrong with each."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON: {first['ctx']['error']} (character {first['loc'][-1]})", None
+    if first["type"] == "unknown_field":
+        parts = [*named(first["loc"]), first["ctx"]["field"]]
+    else:
+        parts = named(first["loc"])
+    where = ".".join(parts)[:100]
+    field = named(first["loc"])[:1]
+    what = dict.fromkeys(error["msg"] for error in errors if named(error["loc"])[:1] == field)
+    text = "; or: ".join(list(what)[:4])
+    return (f"{where}: {text}", where) if where else (text, None)
+
+
+def named(loc) -> list[str]:
+    """Of a place in a request, fields and numbers; not pydantic's names for the forms of a field."""
+    forms = ("body", "str", "int", "float", "bool", "dict")
+    return [str(part) for part in loc if part not in forms and re.fullmatch(r"[a-z_]+|\d+", str(part))][:6]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -463,15 +478,23 @@ async def watched(http: HttpRequest, *streams):
         task.cancel()
 
 
+def key_of(scope) -> str:
+    """The API key of a request, "" without one."""
+    given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+    scheme, _, key = given.strip().partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
 class Gate:
-    """What is checked before the app sees a request (ASGI middleware): its size, before it is in memory; and
-    for a server that listens on this machine alone, the name it was asked by. Else a web page could have its
-    own name point to 127.0.0.1, and read what the server says (DNS rebinding)."""
+    """What is checked before the app sees a request (ASGI middleware): its key, and its size, before it is in
+    memory; and for a server that listens on this machine alone, the name it was asked by. Else a web page
+    could have its own name point to 127.0.0.1, and read what the server says (DNS rebinding)."""
 
     LOCAL = {"localhost", "127.0.0.1", "[::1]", "host.docker.internal"}
 
-    def __init__(self, app, limit: int, local: bool):
+    def __init__(self, app, limit: int, local: bool, keys: list[str]):
         self.app, self.limit, self.local = app, limit, local
+        self.keys = [key.encode() for key in keys]
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -482,6 +505,12 @@ class Gate:
         if self.local and name not in self.LOCAL and not name.endswith(".localhost"):
             text = f"this server answers on this machine only, not as {name[:80]}: see --host"
             return await JSONResponse(error_body(403, text), 403)(scope, receive, send)
+        if self.keys and scope["path"].startswith("/v1/"):
+            given = key_of(scope).encode()
+            if not any([hmac.compare_digest(given, key) for key in self.keys]):
+                text = "this server wants an API key, and this is none of its keys"
+                body = error_body(401, text, None, "invalid_api_key")
+                return await JSONResponse(body, 401)(scope, receive, send)
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.limit:
             return await self.refuse(scope, receive, send)
@@ -527,20 +556,25 @@ class Server(uvicorn.Server):
     one ends at once. The process ends with 0."""
 
     def __init__(self, config, worker: Worker):
+        self.seconds = config.timeout_graceful_shutdown or 0
+        config.timeout_graceful_shutdown = self.seconds + 10  # the worker ends them; this is for the network
         super().__init__(config)
         self.worker = worker
 
     def handle_exit(self, sig, frame):
         self.force_exit = self.should_exit
         self.should_exit = True
-        self.worker.close()
+        self.worker.close(self.seconds)
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket. Raises CheckpointError when the address cannot be had."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
+        made = socket.create_server((host, port), family=family)
+        # asyncio sends small answers at once (TCP_NODELAY) only where a socket says that it is one of TCP:
+        # without it, each waits 40 ms for the other side's acknowledgement.
+        return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=made.detach())
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(

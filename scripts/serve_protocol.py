@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from model.generation import Sampling, common_end
 from trainer.tools import CLOSE, OPEN, parse_block
 
 THINK_END = "</think>"
+LONGEST_STOP = 256  # characters
 
 
 class ProtocolError(Exception):
@@ -51,10 +53,31 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 # --------------------------------------------------------------------------------------------------------
 
 
+class FirstError(FailFast):
+    """Of a million wrong items, the first is told: a list of all errors would take gigabytes."""
+
+    __hash__ = object.__hash__  # typing.Union wants it
+
+
+Item = TypeVar("Item")
+List = Annotated[list[Item], FirstError()]
+
+
 class Strict(BaseModel):
     """No conversions ("0.7" is no number), and no field that would be ignored without a word."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def known(cls, data):
+        """Fields that are unknown here but null ask for nothing."""
+        if not isinstance(data, dict) or data.keys() <= cls.model_fields.keys():
+            return data
+        for name, value in data.items():
+            if name not in cls.model_fields and value is not None:
+                raise PydanticCustomError("unknown_field", "unknown field", {"field": str(name)})
+        return {name: value for name, value in data.items() if name in cls.model_fields}
 
 
 class Open(BaseModel):
@@ -81,9 +104,9 @@ class ToolCall(Open):
 
 class Message(Open):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[str | Part] | None = None
+    content: str | List[str | Part] | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: List[ToolCall] | None = None
     tool_call_id: str | None = None
 
     def plain(self) -> dict:
@@ -152,11 +175,11 @@ class Common(Strict):
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     n: int | None = Field(default=None, ge=1, le=128)
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | List[str] | None = None
+    stop_token_ids: List[int] | None = Field(default=None, max_length=128)
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -167,8 +190,9 @@ class Common(Strict):
             return default if value is None else value
 
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stop) > 16 or not all(stop):
-            raise ProtocolError(400, "stop must be at most 16 texts, none of them empty", "stop")
+        if len(stop) > 16 or not all(0 < len(text) <= LONGEST_STOP for text in stop):
+            text = f"stop must be at most 16 texts, of 1 to {LONGEST_STOP} characters each"
+            raise ProtocolError(400, text, "stop")
         return Sampling(
             max_new_tokens=max_tokens,
             temperature=at_least(0.01, or_default(self.temperature, 0.7)),
@@ -190,9 +214,10 @@ class Common(Strict):
                 raise ProtocolError(
                     400, f"logit_bias: {token[:40]!r} is no token of this model", "logit_bias"
                 )
-            if not -100 <= bias <= 100:
-                raise ProtocolError(400, "logit_bias: values lie between -100 and 100", "logit_bias")
-            found[int(token)] = bias
+            if type(bias) not in (int, float) or not -100 <= bias <= 100:
+                text = "logit_bias: values are numbers between -100 and 100"
+                raise ProtocolError(400, text, "logit_bias")
+            found[int(token)] = float(bias)
         return found
 
     @property
@@ -206,11 +231,11 @@ def at_least(least: float, value: float) -> float:
 
 
 class ChatRequest(Common):
-    messages: list[Message] = Field(min_length=1)
+    messages: List[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    tools: list[Tool] | None = None
+    tools: List[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -223,6 +248,8 @@ class ChatRequest(Common):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    modalities: List[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
 
     def limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
@@ -268,7 +295,7 @@ class ChatRequest(Common):
 
 
 class CompletionRequest(Common):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | List[str] | List[int] | List[List[int]]
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
@@ -479,10 +506,10 @@ def called(call: dict, index: int | None = None) -> dict:
 
 
 def sse(data: dict | str) -> bytes:
-    """One server-sent event."""
-    text = (
-        data
-        if isinstance(data, str)
-        else json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    )
+    """One server-sent event. Some clients also break lines at characters that JSON need not escape."""
+    text = data
+    if not isinstance(data, str):
+        text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        for character in "\x85\u2028\u2029":
+            text = text.replace(character, f"\\u{ord(character):04x}")
     return f"data: {text}\n\n".encode()

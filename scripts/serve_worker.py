@@ -78,6 +78,8 @@ class Stream:
 
     def deliver(self, news: list[News], closed: bool = False, error: Exception | None = None):
         """In the event loop."""
+        if closed and not self.closed:
+            self.worker.open[self.model] -= self.request.sampling.num_return_sequences
         self.news += news
         self.closed, self.error = self.closed or closed, self.error or error
         self.arrived.set()
@@ -109,7 +111,7 @@ class Worker:
 
     Args:
         batches: by name of the model.
-        max_waiting: requests that may wait; one more is refused.
+        max_waiting: answers that may wait for a row, for each model; one more is refused.
         timeout: seconds a request may take, waiting included.
     """
 
@@ -120,7 +122,9 @@ class Worker:
         self.queues: dict[str, OrderedDict[str, deque[Stream]]] = {name: OrderedDict() for name in batches}
         self.in_line = {name: 0 for name in batches}  # how many of them wait
         self.streams: dict[Request, Stream] = {}  # given to a batch, or waiting
+        self.open = {name: 0 for name in batches}  # answers that were asked for and are not given yet
         self.change, self.stopping, self.closing = threading.Condition(), False, False
+        self.deadline = float("inf")  # when what still runs has to end
         self.threads = torch.get_num_threads()
         self.thread = threading.Thread(target=self.run, name="worker", daemon=True)
 
@@ -129,8 +133,10 @@ class Worker:
     def start(self):
         self.thread.start()
 
-    def close(self):
-        """No more requests, and those that have not begun end; may be called from a signal handler."""
+    def close(self, seconds: float = float("inf")):
+        """No more requests. Those that have not begun end; those that run may go on for so many seconds. May
+        be called from a signal handler."""
+        self.deadline = time.monotonic() + seconds
         self.closing = True
 
     def stop(self):
@@ -151,8 +157,10 @@ class Worker:
         self.batches[model].check(request)
         if self.closing or not self.thread.is_alive():
             raise Refused("the server is shutting down")
-        if self.num_waiting >= self.max_waiting:
+        answers = request.sampling.num_return_sequences
+        if self.open[model] + answers > self.batches[model].max_rows + self.max_waiting:
             raise Refused("too many requests wait already: try again later")
+        self.open[model] += answers
         stream = Stream(self, model, request, client, self.timeout)
         self.inbox.append(stream)
         self.nudge()
@@ -204,7 +212,7 @@ class Worker:
                 self.end(stream, "error", Unanswerable(str(stream.request.error)))
             elif stream.request.cancelled:
                 self.end(stream, "cancelled", None)
-            elif self.closing and not stream.has_begun:
+            elif self.closing and (not stream.has_begun or now > self.deadline):
                 self.end(stream, "refused", Refused("the server is shutting down"))
             elif now > stream.deadline:
                 self.end(stream, "timeout", Overdue(f"no complete answer within {self.timeout:g} seconds"))
@@ -235,7 +243,7 @@ class Worker:
 
     def step(self, name: str, batch: Batch):
         try:
-            news = batch.step()
+            news = batch.step(hurry=any(other.rows for other in self.batches.values()))
         except Exception as error:  # out of memory, say: its requests end, the server goes on
             log.exception("a step of %s failed", name)
             batch.reset()

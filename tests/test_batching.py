@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from model.batching import SHORTEST_PREFIX, Batch, Request
+from model.batching import BLOCK, Batch, Known, PrefixStore, Request
 from model.generation import Generator, Sampling
 from model.model_minimind import MiniMindConfig, MiniMindLM
 
@@ -136,6 +136,15 @@ def test_a_long_prompt_does_not_hold_up_the_others(engine):
         assert new.request is first
 
 
+def test_a_long_prompt_does_not_hold_up_other_models(engine):
+    batch = Batch(engine, prefill_tokens=16)
+    for hurry, tokens in ((True, 16), (False, 100)):
+        batch.reset()
+        batch.add(Request(prompt_of(random.Random(3), 100), Sampling(max_new_tokens=1)))
+        news = batch.step(hurry)
+        assert (batch.reading.done if batch.reading else 100) == tokens and bool(news) == (not hurry)
+
+
 def test_a_conversation_is_read_from_where_it_ended(engine):
     rng = random.Random(4)
     batch = Batch(engine)
@@ -147,9 +156,9 @@ def test_a_conversation_is_read_from_where_it_ended(engine):
     (found,), (expected,) = run(batch, [second]).values(), run(batch, [alone]).values()
     assert ids_of(found) == ids_of(expected)
     assert second.reused_tokens == 40 + 11 and alone.reused_tokens == 0  # the last token was never fed
-    other = Request(first.prompt[: SHORTEST_PREFIX + 3] + [5, 6, 7], sampling)
+    other = Request(first.prompt[: BLOCK + 3] + [5, 6, 7], sampling)
     (found,) = run(batch, [other]).values()
-    assert other.reused_tokens == SHORTEST_PREFIX + 3
+    assert other.reused_tokens == BLOCK + 3
     assert ids_of(found) == engine.generate([other.prompt], **asdict(sampling))[0].ids
 
 
@@ -163,6 +172,39 @@ def test_known_conversations_stay_within_their_memory(engine):
     newest, oldest = (Request(prompts[i], Sampling(max_new_tokens=1)) for i in (3, 0))
     run(batch, [newest, oldest])
     assert newest.reused_tokens == 39 and oldest.reused_tokens == 0
+
+
+def known(ids):
+    return Known(torch.tensor(ids), torch.zeros(1, 1, len(ids), 1), torch.zeros(1, 1, len(ids), 1))
+
+
+def test_the_right_one_of_many_that_begin_alike_is_found():
+    """Everybody has the same system prompt."""
+    rng = random.Random(9)
+    store, system = PrefixStore(1 << 20), prompt_of(rng, 20)
+    chats = [system + prompt_of(rng, 40) for _ in range(100)]
+    for ids in chats:
+        store.put(known(ids))
+    for ids in chats:
+        common, entry = store.find(ids + [5, 6])
+        assert common == 60 and entry.ids.tolist() == ids
+    assert store.find(chats[0])[0] == 59  # one token is left to be read
+    assert store.find(system + [7] * 9)[0] == 20 and store.find(system[:15] + [199] * 9) == (0, None)
+    for entry in list(store.entries):
+        store.remove(entry)
+    assert not store.blocks and store.bytes == 0
+
+
+def test_a_longer_conversation_replaces_the_shorter(engine):
+    batch, rng = Batch(engine), random.Random(10)
+    ids = prompt_of(rng, 30)
+    for _ in range(4):  # turns
+        (news,) = run(batch, [Request(ids, Sampling(max_new_tokens=20, ignore_eos=True))]).values()
+        assert len(batch.prefixes.entries) == 1
+        ids = ids + ids_of(news) + prompt_of(rng, 5)
+    one_prompt = Request(ids, Sampling(max_new_tokens=9, ignore_eos=True, num_return_sequences=3))
+    run(batch, [one_prompt])
+    assert len(batch.prefixes.entries) == 3
 
 
 def slots_of(batch):

@@ -1,19 +1,25 @@
 """The server as clients see it: openai's SDK, and raw requests for what no SDK would send."""
 
 import json
+import random
+import socket
+import sys
 import threading
 import time
 
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 from serve_helpers import LiveServer, small_native, wait_for
+from transformers import AutoTokenizer
 
 from model.batching import Request
 from model.generation import Sampling
 from model.model_minimind import MiniMindForCausalLM
 from scripts import serve_openai_api
-from trainer import cli
+from scripts.serve_protocol import ChatRequest, CompletionRequest, ProtocolError
+from trainer import checkpoint, cli
 from trainer.checkpoint import CheckpointError
 
 THINK_END, IM_END = 26, 2
@@ -332,6 +338,12 @@ RAW = [
     (raw('"tools": [{"function": {"name": "f", "description": "\\ud800"}}]'), 400, ""),
     ({"messages": [OLD_CALL]}, 400, "function_call"),
     ({**HI, "stop": [""]}, 400, "stop"),
+    ({**HI, "stop": ["x" * 257]}, 400, "1 to 256 characters"),
+    ({**HI, "stop_token_ids": [6400]}, 400, "0 to 6399"),
+    ({**HI, "stop_token_ids": [1] * 129}, 400, "stop_token_ids"),
+    ({**HI, "response_format": {"type": "json_object"}, "ignore_eos": True}, 400, "ignore_eos"),
+    ({**HI, "tool_choice": "any"}, 400, "tool_choice: Input should be 'none', 'auto' or 'required'; or: "),
+    (b'{"messages": ]', 400, "the body is not JSON"),
     ({"model": "gpt-4", **HI}, 404, "there is chat, text"),
     ({"messages": [{"role": "user", "content": "x" * (5 << 20)}]}, 413, "4 MB"),
 ]
@@ -346,6 +358,43 @@ def test_bad_requests_get_an_error_of_openais_format(server, body, status, says)
     assert answer.status_code == status and says in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("messages", [0] * 200_000),
+        ("messages", [{"role": "user", "content": [0] * 200_000}]),
+        ("messages", [{"role": "assistant", "tool_calls": [0] * 200_000}]),
+        ("stop", [0] * 200_000),
+        ("stop_token_ids", ["x"] * 200_000),
+        ("tools", [0] * 200_000),
+        ("logit_bias", {str(i): "x" for i in range(20_000)}),
+        ("unknown", {}),
+        ("prompt", [1.5] * 200_000),
+        ("prompt", [[1.5]] * 200_000),
+    ],
+)
+def test_of_very_many_errors_the_first_is_told(field, value):
+    """A list of a million errors took gigabytes, and the server with it."""
+    kind = CompletionRequest if field == "prompt" else ChatRequest
+    fields = (HI if kind is ChatRequest else {}) | {field: value}
+    if field == "unknown":
+        fields |= {f"field{i}": 1 for i in range(20_000)}
+    try:
+        kind(**fields).biases(6400)
+    except ValidationError as error:
+        assert error.error_count() <= 4
+        text, where = serve_openai_api.complaint(error.errors())
+        assert len(text) < 400 and where.startswith(field)
+    except ProtocolError as error:
+        assert field == "logit_bias" and len(error.message) < 100
+    else:
+        raise AssertionError("accepted")
+
+
+def test_fields_of_others_ask_for_nothing_when_they_are_null(client):
+    assert ask(client, extra_body={"functions": None, "audio": None, "modalities": ["text"]}).choices
 
 
 TEXTS = [b'"\\ud800"', b"[-1]", b"[6400]", b"[" + b"9" * 30 + b"]", b"[]", b"[[]]", b'[["a"]]', b"[1.5]"]
@@ -395,6 +444,26 @@ def test_tools_with_definitions_and_without_types(client):
     )
     (call,) = answer.choices[0].message.tool_calls
     assert json.loads(call.function.arguments)["a"] == 7
+
+
+@pytest.mark.parametrize("form", ["call", "schema"])
+def test_an_answer_of_a_given_form_cannot_end_in_its_thoughts(client, form):
+    settings = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    if form == "schema":
+        schema = {"name": "x", "schema": {"enum": ["yes"]}}
+        settings = {"response_format": {"type": "json_schema", "json_schema": schema}}
+    ending = {str(IM_END): 100, str(THINK_END): 50}
+    choice = ask(client, extra_body=THOUGHTS, logit_bias=ending, max_tokens=80, **settings).choices[0]
+    assert choice.message.tool_calls if form == "call" else choice.message.content == '"yes"'
+
+
+def test_a_schema_that_is_too_complex_is_refused_in_a_few_words(client):
+    properties = {f"p{i}": {"type": "string"} for i in range(5000)}
+    schema = {"type": "object", "properties": properties}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match="follow its schema") as error:
+        ask(client, response_format=form)
+    assert "compute_time" not in error.value.message and len(error.value.message) < 500
 
 
 def test_a_forced_call_and_a_schema_exclude_each_other(client):
@@ -493,6 +562,11 @@ def test_keys_limits_and_origins():
                 call()
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
         assert client.models.list().data
+        lower = {"Authorization": "bearer secret"}
+        assert httpx.get(f"{server.url}/v1/models", headers=lower).status_code == 200
+        broken = dict(content=b"{", headers={"Origin": "http://ui.local"})
+        answer = httpx.post(f"{server.url}/v1/chat/completions", **broken)
+        assert answer.status_code == 401 and "access-control-allow-origin" in answer.headers
         endless = dict(extra_body={"ignore_eos": True}, max_tokens=2000)
         found = []
 
@@ -520,6 +594,116 @@ def test_keys_limits_and_origins():
             headers = preflight | {"Origin": origin}
             answer = httpx.options(f"{server.url}/v1/chat/completions", headers=headers)
             assert ("access-control-allow-origin" in answer.headers) == allowed
+
+
+def test_places_of_tokens_in_the_text(client):
+    """Chinese and emoji are several tokens to a character, and begin with the first of them."""
+    text, served = "你好😀 hello 龘", client.completions
+    for prompt in (text, [1, *AutoTokenizer.from_pretrained(serve_openai_api.ROOT / "model").encode(text)]):
+        choice = served.create(model="text", prompt=prompt, echo=True, logprobs=1, max_tokens=5).choices[0]
+        found = choice.logprobs
+        for token, begin in zip(found.tokens, found.text_offset, strict=True):
+            if not token.startswith(("bytes:", "<|")):
+                assert choice.text[begin : begin + len(token)] == token
+        assert any(token.startswith("bytes:\\x") for token in found.tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_behind_a_stop_string_are_not_told(client, stream):
+    settings = dict(model="text", prompt="The", seed=2, max_tokens=40, logprobs=0)
+    whole = client.completions.create(**settings).choices[0]
+    stop = next(c for c in whole.text[8:] if c.isalnum())
+    answer = client.completions.create(**settings, stop=[stop], stream=stream)
+    choices = [chunk.choices[0] for chunk in (answer if stream else [answer])]
+    offsets = [offset for c in choices for offset in (c.logprobs.text_offset if c.logprobs else ())]
+    text = "".join(choice.text for choice in choices)
+    assert stop not in text and text == whole.text[: len(text)] and offsets
+    assert offsets == [offset for offset in whole.logprobs.text_offset if offset < len(text)]
+
+
+def test_no_line_ends_in_the_middle_of_an_event(server):
+    body = {"model": "text", "prompt": "a\u2028b\x85c", "echo": True, "stream": True, "max_tokens": 1}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines).startswith("a\u2028b\x85c")
+
+
+def test_small_answers_are_sent_at_once():
+    """A socket that does not say that it is one of TCP has no TCP_NODELAY: 40 ms for every answer."""
+    with serve_openai_api.listen("127.0.0.1", 0) as made:
+        made.listen()
+        with socket.create_connection(made.getsockname()), made.accept()[0] as accepted:
+            assert accepted.proto == socket.IPPROTO_TCP
+
+
+def test_nothing_need_wait_where_rows_are_free():
+    with LiveServer("--max_waiting", "0", "--max_rows", "2") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        assert len(ask(client, n=2).choices) == 2
+        prompts = dict(model="text", max_tokens=2)
+        assert len(client.completions.create(prompt=["a", "b"], **prompts).choices) == 2
+        with pytest.raises(openai.BadRequestError, match="more than 2 answers"):
+            client.completions.create(prompt=["a", "b", "c"], **prompts)
+        assert server.worker.open == {"chat": 0, "text": 0}
+
+
+def test_what_still_runs_after_the_time_to_end_is_told_so():
+    with LiveServer() as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        endless = dict(extra_body={"ignore_eos": True}, max_tokens=2000)
+        chunks = iter(ask(client, stream=True, **endless))
+        next(chunks)
+        found = []
+
+        def wait():
+            with pytest.raises(openai.InternalServerError, match="shutting down") as error:
+                ask(client, **endless)
+            found.append(error.value.status_code)
+
+        whole = threading.Thread(target=wait)
+        whole.start()
+        wait_for(lambda: len(server.worker.batches["chat"].rows) == 2)
+        server.server.seconds = 0.2
+        server.server.handle_exit(None, None)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(chunks)
+        whole.join()
+        assert found == [503]
+
+
+def test_conversations_of_many_shapes_are_encoded_in_many_threads():
+    native, interval, wrong = small_native(), sys.getswitchinterval(), []
+
+    def work(seed):
+        rng = random.Random(seed)
+        try:
+            for _ in range(400):
+                roles = rng.choices(["user", "assistant"], k=9) + ["user"]
+                native.encode([{"role": r, "content": rng.choice(["a", ""])} for r in roles], False, None)
+        except RuntimeError as error:
+            wrong.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_two_models_of_one_name(tmp_path):
+    native = small_native()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        checkpoint.save_weights(native.engine.model, tmp_path / folder / "full_sft_32.pth", {})
+    weights = ",".join(str(tmp_path / folder / "full_sft_32.pth") for folder in ("a", "b"))
+    with pytest.raises(CheckpointError, match="two models full_sft_32"):
+        serve_openai_api.load_models(serve_openai_api.parse_args(["--weight", weights]))
 
 
 def test_thinking_where_a_request_does_not_say():
@@ -591,11 +775,6 @@ def test_an_error_in_a_step_ends_its_requests_and_not_the_server(monkeypatch):
 def test_a_signal_ends_the_process_with_0(tmp_path):
     import signal
     import subprocess
-    import sys
-
-    from serve_helpers import small_native
-
-    from trainer import checkpoint
 
     native = small_native()
     metadata = {"stage": "full_sft", "tokenizer_hash": checkpoint.tokenizer_hash(native.tokenizer)}
