@@ -2,7 +2,7 @@
 
     python scripts/serve_openai_api.py                               # in another terminal
     python scripts/chat_api.py
-    python scripts/chat_api.py --tools all --open_thinking 1
+    python scripts/chat_api.py --model agent --tools calculate_math,text_length
     python scripts/chat_api.py --base_url http://127.0.0.1:11434/v1 --model qwen3:0.6b     # any other server
     echo "What is 12 * 7?" | python scripts/chat_api.py --tools calculate_math
 
@@ -12,6 +12,7 @@ answer.
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,16 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
 
 import eval_llm
-from scripts.conversation import converse, explain, recent, remote
+from scripts.conversation import connect, converse, explain, first_model, recent, remote
 from trainer import cli
-from trainer.checkpoint import CheckpointError
 from trainer.tools import TOOLS
 
 GREY, CYAN, PLAIN = "\033[90m", "\033[36m", "\033[0m"
 
 
 def tool_names(text: str) -> list[str]:
-    names = list(TOOLS) if text == "all" else [n for n in text.split(",") if n and n != "none"]
+    names = list(TOOLS) if text == "all" else [n for n in re.split(r"[,\s]+", text) if n and n != "none"]
     for name in names:
         if name not in TOOLS:
             raise argparse.ArgumentTypeError(
@@ -87,7 +87,10 @@ def parse_args(argv=None):
         help="1 = all tokens",
     )
     g.add_argument("--seed", type=cli.count, metavar="N", help="repeat the same answers")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.prompt and not all(prompt.strip() for prompt in args.prompt):
+        parser.error("--prompt is empty")
+    return args
 
 
 class Printer:
@@ -130,29 +133,14 @@ def printable(text: str) -> str:
 
 class Talk:
     def __init__(self, args):
-        import openai
-
-        key = args.api_key or os.environ.get("MINIMIND_API_KEY") or "none"
-        self.client = openai.OpenAI(base_url=args.base_url, api_key=key, timeout=300)
+        self.client = connect(args.base_url, args.api_key, timeout=300)
         self.args, self.history = args, []
         self.tools = [TOOLS[name] for name in args.tools] or None
-        self.model = args.model or self.first_model()
-
-    def first_model(self) -> str:
-        import openai
-
-        try:
-            return next(iter(self.client.models.list())).id
-        except StopIteration:
-            raise CheckpointError(f"{self.args.base_url} lists no models: name one with --model") from None
-        except openai.OpenAIError as error:
-            raise CheckpointError(explain(error, self.args.base_url)) from None
+        self.model = args.model or first_model(self.client, args.base_url)
 
     def ask(self, prompt: str) -> bool:
-        """Print the answer as it comes. False when there is none."""
-        import openai
-
-        args = self.args
+        """Print the answer as it comes. False when it is none, or not whole."""
+        args, whole = self.args, True
         settings = dict(
             max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
         )
@@ -173,14 +161,15 @@ class Talk:
         except KeyboardInterrupt:
             pieces.close()
             printer.finish(" [stopped]")
-        except openai.OpenAIError as error:
+        except Exception as error:
             printer.finish()
             eval_llm.say(f"error: {explain(error, args.base_url)}")
-            return False
+            whole = False
         else:
             printer.finish()
-        self.history += messages[begin:]
-        return True
+        if len(messages) > begin + 1:
+            self.history += messages[begin:]
+        return whole
 
 
 def main(args):

@@ -7,13 +7,16 @@ server: what the terminal client, the web demo and the tool-use exam share.
     messages                                            # has the answer, the calls and their results
 """
 
+import codecs
 import contextlib
 import json
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
 
 from scripts.serve_protocol import AnswerParser, new_id
+from trainer.checkpoint import CheckpointError
 from trainer.tools import MAX_RESULT, Call, execute, offered, read_json
 
 # What `speak` and `converse` yield: ("reasoning", text), ("content", text), ("call", {"id", "name",
@@ -75,30 +78,74 @@ def remote(client, model: str, settings: dict, thinking: bool | None = None) -> 
             **fields,
         )
         calls: dict[int, dict] = {}
-        reason, usage = "stop", None
+        reason, usage = None, None
+        whole = {kind: whole_characters() for kind in FIELDS}
         with chunks:  # whoever stops listening closes the connection, and the server stops writing
             for chunk in chunks:
                 usage = chunk.usage.completion_tokens if chunk.usage else usage
-                for choice in chunk.choices:
+                for choice in chunk.choices or ():
                     delta = choice.delta
                     thoughts = getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None)
-                    if thoughts:
-                        yield "reasoning", thoughts
-                    if delta.content:
-                        yield "content", delta.content
+                    for kind, text in (("reasoning", thoughts), ("content", delta.content)):
+                        text = whole[kind](text or "")
+                        if text:
+                            yield kind, text
                     for part in delta.tool_calls or ():  # other servers send arguments in pieces
                         call = calls.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
                         call["id"] += part.id or ""
                         call["name"] += (part.function.name if part.function else None) or ""
                         call["arguments"] += (part.function.arguments if part.function else None) or ""
                     reason = choice.finish_reason or reason
+        if reason is None:
+            raise BrokenOff("the answer broke off before its end")
         for index in sorted(calls):
-            yield "call", calls[index]
+            yield "call", {key: whole_characters()(text) for key, text in calls[index].items()}
         if usage is not None:
             yield "usage", usage
         yield "end", reason
 
     return speak
+
+
+class BrokenOff(ValueError):
+    """A server ended an answer without saying that it is complete, or never began one."""
+
+
+def whole_characters() -> Callable[[str], str]:
+    """A function that takes a text in pieces and gives it back as characters that exist: some servers cut an
+    emoji into its two surrogates. What has no other half becomes U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-16-le")("replace")
+    return lambda text: decoder.decode(text.encode("utf-16-le", "surrogatepass"))
+
+
+def first_model(client, url: str) -> str:
+    """The first model that a server lists. Raises CheckpointError."""
+    try:
+        names = model_names(client)
+    except Exception as error:
+        raise CheckpointError(explain(error, url)) from None
+    if not names:
+        raise CheckpointError(f"{url} lists no models: name one with --model")
+    return names[0]
+
+
+def model_names(client) -> list[str]:
+    return [model.id for model in client.models.list().data]
+
+
+def connect(url: str, key: str | None, **settings):
+    """An `openai.OpenAI`; without a key, that of the environment variable MINIMIND_API_KEY. Raises
+    CheckpointError when the address or the key cannot be one."""
+    import openai
+
+    key = key or os.environ.get("MINIMIND_API_KEY") or "none"
+    try:
+        key.encode("ascii")
+        return openai.OpenAI(base_url=url, api_key=key, **settings)
+    except UnicodeEncodeError:
+        raise CheckpointError("an API key has ASCII characters only") from None
+    except Exception as error:  # httpx.InvalidURL is no ValueError
+        raise CheckpointError(f"{url!r} is no address: {error}") from None
 
 
 def converse(
@@ -209,14 +256,24 @@ def recent(messages: list[dict], count: int) -> list[dict]:
 
 
 def explain(error: Exception, url: str) -> str:
-    """One sentence about what went wrong with a server."""
+    """One sentence about what went wrong with a server. An error that has nothing to do with
+    one is raised."""
+    import httpx
     import openai
 
     if isinstance(error, openai.APITimeoutError):
         return f"{url} did not answer in time"
-    if isinstance(error, openai.APIConnectionError):
+    cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
+    if isinstance(cause, (httpx.ReadError, httpx.RemoteProtocolError)):
+        return f"{url} ended the connection in the middle of an answer"
+    if isinstance(error, (openai.APIConnectionError, httpx.TransportError)):
         return f"nobody answers at {url}: start scripts/serve_openai_api.py there, or check the address"
     if isinstance(error, openai.AuthenticationError):
         return f"{url} wants an API key, and this is none of its keys"
-    body = error.body if isinstance(getattr(error, "body", None), dict) else {}
-    return str(body.get("message") or error)
+    if isinstance(error, (openai.OpenAIError, BrokenOff, CheckpointError)):
+        body = error.body if isinstance(getattr(error, "body", None), dict) else {}
+        return whole_characters()(" ".join(str(body.get("message") or error).split())[:500])
+    if isinstance(error, (ValueError, TypeError, AttributeError, LookupError)):
+        # what the SDK makes of a page that has nothing to do with this interface
+        return f"{url} does not answer as an OpenAI-compatible server does: does the address end in /v1?"
+    raise error

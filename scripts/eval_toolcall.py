@@ -22,11 +22,14 @@ sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
 
 import eval_llm
 from dataset.mini_tools import run_tool
-from scripts.conversation import converse, explain, local, remote
+from dataset.rows import DataError
+from scripts.conversation import connect, converse, explain, first_model, local, recent, remote
 from trainer import cli
 from trainer.checkpoint import CheckpointError
 from trainer.rewards import Answer, correct
 from trainer.tools import TOOLS
+
+HISTORY = 20  # past messages that a question of your own is asked with
 
 # (question, tools offered beside those it needs, the calls that answer it): values are those of the tools.
 FIXED = [
@@ -88,7 +91,7 @@ def parse_args(argv=None):
     g.add_argument(
         "--base_url", metavar="URL", help="an OpenAI-compatible server, .../v1, instead of --weight"
     )
-    g.add_argument("--api_key", default="none", metavar="KEY", help="for it")
+    g.add_argument("--api_key", metavar="KEY", help="for it; else environment variable MINIMIND_API_KEY")
     g.add_argument("--model", metavar="NAME", help="its model; without it the first one that it lists")
     g = parser.add_argument_group("questions")
     g.add_argument("--data_path", type=Path, metavar="FILE", help="without it fourteen fixed questions")
@@ -169,15 +172,8 @@ def play(speak, item: dict, rounds: int) -> dict:
 
 def speaker(args):
     if args.base_url:
-        import openai
-
-        client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key, timeout=300)
-        try:
-            name = args.model or next(iter(client.models.list())).id
-        except StopIteration:
-            raise CheckpointError(f"{args.base_url} lists no models: name one with --model") from None
-        except openai.OpenAIError as error:
-            raise CheckpointError(explain(error, args.base_url)) from None
+        client = connect(args.base_url, args.api_key, timeout=300)
+        name = args.model or first_model(client, args.base_url)
         settings = {"temperature": 0.0, "max_tokens": args.max_new_tokens}
         return remote(client, name, settings, bool(args.open_thinking) or None), name
     names = {
@@ -192,10 +188,10 @@ def speaker(args):
     return local(model, settings, bool(args.open_thinking)), args.weight
 
 
-def ask_yourself(speak, rounds: int):
+def ask_yourself(speak, args):
     from scripts.chat_api import Printer
 
-    messages: list[dict] = []
+    history: list[dict] = []
     while True:
         try:
             question = input("💬: ").strip()
@@ -203,18 +199,37 @@ def ask_yourself(speak, rounds: int):
             return print()
         if question in ("", "/exit"):
             return None
-        messages.append({"role": "user", "content": question})
-        printer = Printer()
+        messages = [*recent(history, HISTORY), {"role": "user", "content": question}]
+        printer, pieces = Printer(), converse(speak, messages, list(TOOLS.values()), args.rounds)
         print("🧠: ", end="", flush=True)
-        for kind, value in converse(speak, messages, list(TOOLS.values()), rounds):
-            printer.show(kind, value)
-        printer.finish()
+        try:
+            for kind, value in pieces:
+                printer.show(kind, value)
+            printer.finish()
+        except KeyboardInterrupt:
+            pieces.close()
+            printer.finish(" [stopped]")
+        except Exception as error:
+            printer.finish()
+            eval_llm.say(f"error: {what_went_wrong(error, args)}")
+        history = messages if len(messages) > 1 and messages[-1]["role"] != "user" else history
+
+
+def what_went_wrong(error: Exception, args) -> str:
+    """One sentence. An error that is a mistake of this program is raised."""
+    if args.base_url:
+        return explain(error, args.base_url)
+    if isinstance(error, (ValueError, DataError)):  # longer than the model's context, say
+        return " ".join(str(error).split())
+    raise error
 
 
 def main(args):
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)  # now, not when the work is done
     speak, name = speaker(args)
     if args.interactive:
-        return ask_yourself(speak, args.rounds)
+        return ask_yourself(speak, args)
     items = read_items(args.data_path, args.num_items) if args.data_path else fixed_items()
     items = items[: args.num_items or None]
     if not items:
@@ -223,12 +238,8 @@ def main(args):
     for number, item in enumerate(items, 1):
         try:
             results.append(play(speak, item, args.rounds))
-        except ValueError as error:  # longer than the model's context, say
-            raise CheckpointError(f"question {number}: {error}") from None
         except Exception as error:
-            if not type(error).__module__.startswith("openai"):
-                raise
-            raise CheckpointError(f"question {number}: {explain(error, args.base_url)}") from None
+            raise CheckpointError(f"question {number}: {what_went_wrong(error, args)}") from None
         show(results[-1], number, len(items), args.verbose)
     n = len(results)
     metrics = {
@@ -253,7 +264,7 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a share of n (Wilson 1927): at 0 or 1 it is still one."""
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return middle - half, middle + half
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def show(result: dict, number: int, count: int, verbose: bool):

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import re
 import sys
 import threading
@@ -23,9 +24,20 @@ sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
 
 import streamlit as st
 
-from scripts.conversation import Background, converse, explain, local, recent, remote
+from scripts.conversation import (
+    Background,
+    connect,
+    converse,
+    explain,
+    local,
+    model_names,
+    recent,
+    remote,
+)
 from trainer.tools import TOOLS
 
+KEPT = "source weights address key name thinking tools system temperature top_p length history seed".split()
+KEPT += "folder run live".split()  # settings, by the keys of their widgets
 LONG = 1500  # characters of a question that is shown in a box of its own
 THOUGHTS = ":material/lightbulb:"
 TEXTS = {
@@ -61,14 +73,16 @@ TEXTS = {
         "save": "Ask again",
         "cancel": "Cancel",
         "export": "Export",
-        "nothing": "There are no weights in out/ yet. Train some, or choose a server:",
+        "nothing": "There are no weights in {folder} yet. Train some, or choose a server:",
         "empty": "Say hello. The names tell what the weights can do: **full_sft** chats, **reason** thinks "
         "first, **agent** calls tools, **pretrain** continues text.",
         "cut": "cut off at the longest answer",
         "rounds": "still calling tools: stopped",
+        "silent": "(an empty answer)",
+        "stopped": "stopped",
         "loading": "Loading",
         "busy": "This model is answering in another window: try again in a moment.",
-        "no_log": "No run has written a log into out/ yet. Start one, for example:",
+        "no_log": "No run has written a log into {folder} yet. Start one, for example:",
         "run": "Run",
         "figures": "Figures",
         "live": "Keep up with the run",
@@ -109,14 +123,16 @@ TEXTS = {
         "save": "重新提问",
         "cancel": "取消",
         "export": "导出",
-        "nothing": "out/ 里还没有权重。先训练一个，或者选择服务器：",
+        "nothing": "{folder} 里还没有权重。先训练一个，或者选择服务器：",
         "empty": "打个招呼吧。权重的名字说明它会什么：**full_sft** 会对话，**reason** 先思考，"
         "**agent** 会调用工具，**pretrain** 续写文本。",
         "cut": "达到最大长度，已截断",
         "rounds": "一直在调用工具，已停止",
+        "silent": "（空回答）",
+        "stopped": "已停止",
         "loading": "正在加载",
         "busy": "这个模型正在另一个窗口里回答，请稍后再试。",
-        "no_log": "out/ 里还没有训练日志。先开始训练，例如：",
+        "no_log": "{folder} 里还没有训练日志。先开始训练，例如：",
         "run": "训练任务",
         "figures": "指标",
         "live": "实时更新",
@@ -128,23 +144,45 @@ TEXTS = {
 }
 
 
-def save_dir() -> Path:
-    """Where weights and logs are: --save_dir behind the `--` of the command, else out/."""
-    parser = argparse.ArgumentParser()
+def flags():
+    """(flags behind the `--` of the command, those that are none)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--save_dir", type=Path, default=ROOT / "out")
-    return parser.parse_known_args(sys.argv[1:])[0].save_dir
+    return parser.parse_known_args(sys.argv[1:])
+
+
+def save_dir() -> Path:
+    """Where weights and logs are: --save_dir, else out/."""
+    return flags()[0].save_dir.expanduser()
 
 
 def text(name: str) -> str:
-    return TEXTS[st.session_state.get("language", "English")][name]
+    return TEXTS[st.session_state.get("language") or "English"][name]
+
+
+ZERO = "\u200b"  # a space without width, where a character must not begin anything
 
 
 def harmless(words: str) -> str:
-    """A model's words as Markdown that fetches nothing and has no formulas by accident; code stays as it is.
-    (Streamlit escapes HTML by itself.)"""
+    """A model's words as Markdown that fetches nothing, and has no formulas, colours or icons by accident;
+    its lines stay lines. (Streamlit escapes HTML by itself.)"""
+    words = words.replace("![", f"!{ZERO}[")  # everywhere: what looks like code to us need not be code
     parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", words, flags=re.DOTALL)
-    parts[::2] = [part.replace("![", "!\\[").replace("$", "\\$") for part in parts[::2]]
+    for i in range(0, len(parts), 2):
+        part = without_signs(parts[i])
+        part = re.sub(r"(\\*)\$", lambda m: m[0] if len(m[1]) % 2 else m[1] + "\\$", part)
+        parts[i] = re.sub(r"(?<=\S)\n(?=\S)", "  \n", part)
     return "".join(parts)
+
+
+def plain(words: str) -> str:
+    """A line of words that is no Markdown at all: of an error, a name."""
+    return without_signs(re.sub(r"([\\`*_{}\[\]#|<>~$&])", r"\\\1", words))
+
+
+def without_signs(words: str) -> str:
+    """Without Streamlit's own :red[...], :smile:, :material/home:."""
+    return re.sub(r":(?=[\w+\-/]+\\?[\[:])", f":{ZERO}", words)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -216,7 +254,7 @@ def choose_model(settings: dict):
     )
     if place == "here":
         if not weights:
-            st.info(text("nothing"))
+            st.info(text("nothing").format(folder=plain(str(save_dir()))))
             st.code("python scripts/quickstart.py", language="bash")
             return None, ""
         path = st.selectbox(
@@ -235,29 +273,26 @@ def choose_model(settings: dict):
         return make, "+".join([path.stem, *chosen])
     address = st.text_input(text("address"), "http://127.0.0.1:8998/v1", key="address")
     key = st.text_input(text("key"), type="password", key="key")
-    import openai
-
-    client = openai.OpenAI(base_url=address, api_key=key or "none", timeout=60, max_retries=0)
     names, problem = list_models(address, key)
     if problem:
-        st.warning(problem)
+        st.warning(plain(problem))
     if names and (st.session_state.get("name") is None or st.session_state.get("asked_at") != address):
         st.session_state.name, st.session_state.asked_at = names[0], address  # a new server, or it came up
     name = st.selectbox(text("name"), names, key="name", accept_new_options=True)
-    return (lambda thinking: remote(client, name, settings, thinking or None)) if name else None, name or ""
+
+    def ask(thinking):
+        client = connect(address, key, timeout=60, max_retries=0)
+        return remote(client, name, settings, thinking or None)
+
+    return ask if name else None, name or ""
 
 
 @st.cache_data(ttl=30, show_spinner=False)
 def list_models(address: str, key: str) -> tuple[list[str], str]:
-    import openai
-
     try:
-        client = openai.OpenAI(base_url=address, api_key=key or "none", timeout=5, max_retries=0)
-        return [model.id for model in client.models.list()], ""
-    except openai.OpenAIError as error:
+        return model_names(connect(address, key, timeout=5, max_retries=0)), ""
+    except Exception as error:
         return [], explain(error, address)
-    except Exception as error:  # an address that is none
-        return [], f"{address}: {error}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -291,7 +326,7 @@ class Answer:
         if kind == "call":
             show_call(value["name"], value["arguments"])
         elif kind == "result":
-            show_result(value["content"], value["ok"])
+            show_result(value["content"])
         elif kind == "end" and value in ("length", "rounds"):
             st.caption(text("cut" if value == "length" else "rounds"))
 
@@ -308,7 +343,8 @@ def show_call(name: str, arguments: str):
         st.code(arguments, language="json", wrap_lines=True)
 
 
-def show_result(content: str, ok: bool):
+def show_result(content: str):
+    ok = not re.match(r'{\s*"error":', content)  # what a tool says that failed: see trainer/tools.py
     with st.container(border=True):
         st.markdown(f":material/{'check_circle' if ok else 'error'}: {text('result')}")
         st.code(content, language="json", wrap_lines=True)
@@ -318,13 +354,15 @@ def show_turn(messages: list[dict]):
     """What was said in answer to a question."""
     for message in messages:
         if message["role"] == "tool":
-            show_result(message["content"], '"error"' not in message["content"])
+            show_result(message["content"])
             continue
         if message.get("reasoning_content"):
             with st.expander(text("thoughts"), icon=THOUGHTS):
                 st.markdown(harmless(message["reasoning_content"]))
         if message.get("content"):
             st.markdown(harmless(message["content"]))
+        elif not message.get("tool_calls"):
+            st.caption(text("silent"))
         for call in message.get("tool_calls", ()):
             show_call(call["function"]["name"], call["function"]["arguments"])
 
@@ -364,13 +402,18 @@ def sidebar() -> tuple:
         settings["seed"] = int(seed) or None
         if st.button(text("new"), width="stretch", icon=":material/add_comment:"):
             st.session_state.messages, st.session_state.editing = [], None
+            st.session_state.problem, st.session_state.note = "", {}
         messages = st.session_state.messages
         with st.popover(text("export"), width="stretch", disabled=not messages):
-            whole = json.dumps({"model": name, "messages": messages}, ensure_ascii=False, indent=1)
-            st.download_button("JSON", whole, "conversation.json", "application/json", width="stretch")
-            st.download_button(
-                "Markdown", as_markdown(messages), "conversation.md", "text/markdown", width="stretch"
-            )
+            asked = {"model": name, "system": system, "thinking": thinking, "tools": tools, **settings}
+            whole = json.dumps({**asked, "messages": messages}, ensure_ascii=False, indent=1)
+            for kind, content, ending in (
+                ("JSON", whole, "json"),
+                ("Markdown", as_markdown(messages), "md"),
+            ):
+                st.download_button(
+                    kind, content, f"conversation.{ending}", on_click="ignore", width="stretch"
+                )  # ignore: else it would end an answer that is being written
     return make, name, thinking, tools, system, history
 
 
@@ -397,12 +440,14 @@ def show_question(place: int, question: dict):
                 st.markdown(harmless(question["content"]))
             if st.button("", key=f"edit {place}", type="tertiary", icon=":material/edit:", help=text("edit")):
                 state.editing = place
+                state.pop(f"text {place}", None)  # of another question that was here
                 st.rerun()
             if st.button(
                 "", key=f"delete {place}", type="tertiary", icon=":material/delete:", help=text("delete")
             ):
                 length = next(len(turn) for start, turn in turns(state.messages) if start == place)
                 del state.messages[place : place + length]
+                state.editing = None
                 st.rerun()
 
 
@@ -410,7 +455,8 @@ def answer(make, thinking: bool, tools: list[str], system: str, history: int):
     """Ask the model and show what it says as it comes. Pressing Stop, or anything else, ends this run of the
     script at its next call into Streamlit and starts the next one; what was said until then stays."""
     state, messages, done = st.session_state, st.session_state.messages, threading.Event()
-    state.done = done
+    state.done, state.note = done, {"text": text("stopped")}
+    note = state.note
     with st.chat_message("assistant"):
         st.button(text("stop"), key="stop", icon=":material/stop_circle:")
         shown, silence, view = st.container(), st.empty(), Answer()
@@ -437,16 +483,19 @@ def answer(make, thinking: bool, tools: list[str], system: str, history: int):
                         touched = time.monotonic()
                         silence.caption(f"{touched - last:.0f} s …")
         except Exception as error:  # whatever it is, the page shows it and goes on
+            note["text"] = ""
             state.problem = " ".join(str(error).split())[:500] or type(error).__name__
-            if type(error).__module__.startswith("openai"):
-                state.problem = explain(error, state.get("address", ""))
+            if state.source == "server":
+                with contextlib.suppress(Exception):
+                    state.problem = explain(error, state.address)
+        else:
+            seconds = time.monotonic() - started
+            note["text"] = f"{tokens} tokens, {tokens / seconds:.0f} / s" if tokens else ""
         finally:
             # The next run of the script may have begun, and this one's session is cut off from it then:
-            # only the list itself is still shared.
+            # only the list and the note themselves are still shared.
             messages += copy.deepcopy(sent[begin:])
             done.set()
-        seconds = time.monotonic() - started
-        state.speed = f"{tokens} tokens, {tokens / seconds:.0f} / s" if tokens else ""
     st.rerun()
 
 
@@ -457,14 +506,14 @@ def chat_page():
         ("editing", None),
         ("pending", False),
         ("problem", ""),
-        ("speed", ""),
+        ("note", {}),
     ):
         state.setdefault(name, value)
     if "done" in state:  # an answer that was stopped is about to be put down
         state.done.wait(30)
     make, name, thinking, tools, system, history = sidebar()
     if not state.messages:
-        st.markdown(f"## {harmless(name) or 'MiniMind'}")
+        st.markdown(f"## {plain(name) or 'MiniMind'}")
         st.markdown(text("empty"))
     for place, turn in turns(state.messages):
         show_question(place, turn[0])
@@ -472,21 +521,21 @@ def chat_page():
             with st.chat_message("assistant"):
                 show_turn(turn[1:])
     if state.problem:
-        st.error(state.problem)
+        st.error(plain(state.problem))
     if state.messages and not state.pending and state.editing is None:
         with st.container(horizontal=True, vertical_alignment="center"):
             if st.button(text("again"), icon=":material/refresh:", type="tertiary", disabled=make is None):
                 state.messages = state.messages[: turns(state.messages)[-1][0] + 1]
                 state.pending = True
                 st.rerun()
-            st.caption(state.speed)
+            st.caption(state.note.get("text", ""))
     asked = st.chat_input(text("ask"), disabled=make is None)
     if asked and asked.strip():
         state.messages.append({"role": "user", "content": asked.strip()})
         state.pending, state.editing = True, None
         st.rerun()
     if state.pending and make is not None and state.messages and state.messages[-1]["role"] == "user":
-        state.pending, state.problem, state.speed = False, "", ""
+        state.pending, state.problem = False, ""
         answer(make, thinking, tools, system, history)
     state.pending = False
 
@@ -518,19 +567,20 @@ class Log:
     written waits until it is whole."""
 
     def __init__(self, path: Path):
-        self.path, self.position, self.steps = path, 0, []
+        self.path, self.position, self.begin, self.steps = path, 0, None, []
 
     def update(self) -> list[dict]:
         with self.path.open("rb") as file:
-            if file.seek(0, 2) < self.position:  # a new run has begun it anew
-                self.position, self.steps = 0, []
+            begin = (os.fstat(file.fileno()).st_ino, file.read(200).partition(b"\n")[0])
+            if begin != self.begin or file.seek(0, 2) < self.position:  # a run has begun it anew
+                self.position, self.begin, self.steps = 0, begin, []
             file.seek(self.position)
             whole, _, _ = file.read().rpartition(b"\n")
         self.position += len(whole) + bool(whole)
-        for line in whole.decode("utf-8", "replace").splitlines():
+        for line in whole.decode("utf-8", "replace").split("\n"):
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
-                if isinstance(entry, dict) and "step" in entry:
+                if isinstance(entry, dict) and type(entry.get("step")) is int:
                     self.steps.append({k: v for k, v in entry.items() if type(v) in (int, float)})
         return self.steps
 
@@ -540,15 +590,16 @@ def tail(path: Path, count: int) -> list[str]:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(size - (1 << 18), 0))
-        return file.read().decode("utf-8", "replace").splitlines()[-count:]
+        return file.read().decode("utf-8", "replace").strip("\n").split("\n")[-count:]
 
 
 def training_page():
-    place = Path(st.sidebar.text_input(text("folder"), str(save_dir()), key="folder"))
+    place = Path(st.sidebar.text_input(text("folder"), str(save_dir()), key="folder")).expanduser()
     depths = ("", "*/", "*/*/")  # a typed folder may be a whole disk
-    logs = newest_first(path for depth in depths for path in place.glob(f"{depth}*_log.jsonl"))
+    paths = (path for depth in depths for path in place.glob(f"{depth}*_log.jsonl"))
+    logs = newest_first(path for path in paths if path.is_file())
     if not logs:
-        st.info(text("no_log"))
+        st.info(text("no_log").format(folder=plain(str(place))))
         st.code("python trainer/train_pretrain.py", language="bash")
         return
     with st.sidebar:
@@ -568,9 +619,12 @@ def show_run(path: Path):
 
     if getattr(st.session_state.get("log"), "path", None) != path:
         st.session_state.log = Log(path)
-    table = pandas.DataFrame(st.session_state.log.update())
+    try:
+        table = pandas.DataFrame(st.session_state.log.update())
+    except OSError:  # it was taken away; a new run may write another
+        table = pandas.DataFrame()
     if table.empty:
-        st.caption("...")
+        st.caption("…")
         return
     table = table.groupby("step").last()
     names = [name for name in table.columns if table[name].nunique() > 1]
@@ -588,23 +642,30 @@ def show_run(path: Path):
     if samples.exists():
         st.subheader(text("samples"))
         for line in tail(samples, 8):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, TypeError, AttributeError):
                 show_sample(json.loads(line))
 
 
 def show_sample(sample: dict):
     reward = sample.get("reward", 0.0)
-    question = str(sample.get("question"))[:80]
+    question = " ".join(str(sample.get("question")).split())[:80]
     label = f"{text('step')} {sample.get('step')} · {text('reward')} {reward:.3f} · {question}"
-    with st.expander(harmless(label)):
+    with st.expander(plain(label)):
         st.json({"parts": sample.get("parts", {}), "expected": sample.get("expected")}, expanded=False)
         for turn in sample.get("turns") or [sample.get("text", "")]:
-            st.code(turn, language=None, wrap_lines=True)
+            st.code(str(turn), language=None, wrap_lines=True)
 
 
 def main():
     st.set_page_config(page_title="MiniMind", page_icon="🧠", layout="centered")
-    st.session_state.setdefault("language", "English")
+    state = st.session_state
+    # Streamlit forgets the widgets of a page that is not drawn: what is written anew stays.
+    for key in [key for key in state if key in KEPT or str(key).startswith("adapters ")]:
+        state[key] = state[key]
+    state.language = state.get("language") or state.get("spoken", "English")  # pressed again, it is off
+    state.spoken = state.language
+    if flags()[1]:
+        st.warning(plain(f"{' '.join(flags()[1])}: unknown. After -- there may be --save_dir FOLDER"))
     pages = [
         st.Page(chat_page, title=text("chat"), icon=":material/chat:", url_path="chat", default=True),
         st.Page(training_page, title=text("training"), icon=":material/monitoring:", url_path="training"),

@@ -1,15 +1,18 @@
 """Conversations with tools, as the terminal client, the web demo and the tool-use exam have them."""
 
 import json
+import re
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
 import pytest
 from serve_helpers import LiveServer, small_native
 
 from scripts import chat_api, eval_toolcall
-from scripts.conversation import Background, converse, local, recent, remote
+from scripts.conversation import Background, connect, converse, local, recent, remote
 from trainer import cli
+from trainer.checkpoint import CheckpointError
 from trainer.tools import TOOLS
 
 CALCULATOR = [TOOLS["calculate_math"]]
@@ -159,6 +162,105 @@ def test_a_model_here_and_on_a_server_say_the_same():
     assert {kind for kind, _ in thoughts} == {"reasoning", "usage", "end"}
 
 
+class FakeServer:
+    """Answers everything with the same bytes."""
+
+    def __init__(self, body: bytes, kind="text/event-stream"):
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self):
+                self.rfile.read(int(self.headers.get("content-length", 0)))
+                self.send_response(200)
+                self.send_header("content-type", kind)
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_POST = answer  # noqa: N815
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def chunk(content: str, finish_reason=None) -> bytes:
+    choice = {"index": 0, "delta": {"content": content}, "finish_reason": finish_reason}
+    return b"data: " + json.dumps({"id": "x", "choices": [choice]}).encode() + b"\n\n"
+
+
+def test_halves_of_characters_are_joined():
+    """Some servers cut an emoji into its two surrogates; what has no other half is none."""
+    with FakeServer(chunk("a\ud83d") + chunk("\ude00b\ud83d") + chunk("c", "stop")) as server:
+        messages = [{"role": "user", "content": "?"}]
+        list(converse(remote(connect(server.url, None), "m", {}), messages))
+    assert messages[-1]["content"] == "a😀b\ufffdc"
+
+
+HTML = b"<html><body>Another page</body></html>"
+
+
+@pytest.mark.parametrize(
+    "body, kind, says",
+    [
+        (chunk("half"), "text/event-stream", "broke off"),
+        (chunk("half") + b"data: {bad\n\n", "text/event-stream", "end in /v1"),
+        (b'data: {"id": "x", "choices": null}\n\n', "text/event-stream", "broke off"),
+        (b'data: {"error": {"message": "no ![a](b)\\n more"}}\n\n', "text/event-stream", "no ![a](b) more"),
+        (HTML, "text/html", "broke off"),
+    ],
+    ids="half bad null error html".split(),
+)
+def test_servers_that_are_none(capsys, tmp_path, body, kind, says):
+    with FakeServer(body, kind) as server:
+        flags = ["--base_url", server.url, "--model", "m"]
+        with pytest.raises(SystemExit) as error:
+            chat_api.main(chat_api.parse_args([*flags, "--prompt", "hi", "--prompt", "go on"]))
+        out, err = capsys.readouterr()
+        assert error.value.code == 2 and err.count("error: ") == 2 and says in err
+        assert out.count("half") == 2 * (b"half" in body)
+        with pytest.raises(CheckpointError, match=re.escape(says)):
+            eval_toolcall.main(eval_toolcall.parse_args([*flags, "--json", str(tmp_path / "new" / "a.json")]))
+        if kind == "text/html":  # the list of models is no list
+            with pytest.raises(CheckpointError, match="end in /v1"):
+                chat_api.main(chat_api.parse_args(["--base_url", server.url, "--prompt", "hi"]))
+
+
+def test_addresses_and_keys_that_cannot_be():
+    for url, key, says in (("http://[::1/v1", "k", "no address"), ("http://a", "ключ", "ASCII")):
+        with pytest.raises(CheckpointError, match=says):
+            connect(url, key)
+
+
+def test_questions_of_your_own(monkeypatch, capsys):
+    """An error or Ctrl-C ends the answer, not the program."""
+    with LiveServer("--api_key", "secret") as server:
+        monkeypatch.setenv("MINIMIND_API_KEY", "secret")
+        args = eval_toolcall.parse_args(
+            ["--base_url", f"{server.url}/v1", "--max_new_tokens", "4", "--interactive"]
+        )
+        lines = iter(["hi", "word " * 9000, "hi", "/exit"])
+        monkeypatch.setattr("builtins.input", lambda _: next(lines))
+        eval_toolcall.main(args)
+        out, err = capsys.readouterr()
+        assert out.count("🧠: ") == 3 and err.count("error: ") == 1 and "takes 2048" in err
+
+    def interrupted(*_):
+        yield "content", "half"
+        raise KeyboardInterrupt
+
+    lines = iter(["hi", "/exit"])
+    eval_toolcall.ask_yourself(interrupted, args)
+    assert "half [stopped]" in capsys.readouterr().out
+
+
 def test_terminal_client(monkeypatch, capsys):
     with LiveServer() as server:
         flags = ["--base_url", f"{server.url}/v1", "--max_tokens", "8", "--seed", "1"]
@@ -179,6 +281,9 @@ def test_terminal_client(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         chat_api.parse_args(["--tools", "rm_rf"])
     assert "there is no tool rm_rf: choose from calculate_math" in capsys.readouterr().err
+    assert chat_api.parse_args(["--tools", "calculate_math, text_length"]).tools[1] == "text_length"
+    with pytest.raises(SystemExit):
+        chat_api.parse_args(["--prompt", " "])
 
 
 def test_a_models_text_does_not_steer_the_terminal():

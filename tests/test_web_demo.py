@@ -114,10 +114,62 @@ def test_what_a_model_says_is_text(folder, monkeypatch):
     monkeypatch.setattr(
         "scripts.conversation.local", lambda *_: lambda messages, tools: iter([("content", evil)])
     )
-    at = ask(page())
-    (shown,) = [m for m in at.markdown if "onerror" in m.value]
-    assert not shown.allow_html and "![" not in shown.value
+    at = ask(page(), evil)
+    shown = [m for m in at.markdown if "onerror" in m.value]
+    assert len(shown) == 2 and not any(m.allow_html or "![" in m.value for m in shown)
     assert "unsafe_allow_html" not in (web_demo.ROOT / "scripts" / "web_demo.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "words, harmless, plain",
+    [
+        ("\\`![b](u)\\`", "\\`!Z[b](u)\\`", "\\\\\\`!\\[b\\](u)\\\\\\`"),
+        ("x ``` ![c](u) tail", "x ``` !Z[c](u) tail", "x \\`\\`\\` !\\[c\\](u) tail"),
+        ("$5, \\$6", "\\$5, \\$6", "\\$5, \\\\\\$6"),
+        (
+            ":red[a] :smile: 12:30, at: b",
+            ":Zred[a] :Zsmile: 12:30, at: b",
+            ":Zred\\[a\\] :Zsmile: 12:30, at: b",
+        ),
+        ("a\nb\n\n- c\n- d", "a  \nb\n\n- c  \n- d", None),
+        ("```\n$a:b:\nc\n```", "```\n$a:b:\nc\n```", None),
+    ],
+)
+def test_words_without_effects(words, harmless, plain):
+    """Z: a space without width."""
+    assert web_demo.harmless(words).replace(web_demo.ZERO, "Z") == harmless
+    assert plain is None or web_demo.plain(words).replace(web_demo.ZERO, "Z") == plain
+
+
+def test_the_language_pressed_again_stays(folder):
+    at = page()
+    at.segmented_control[0].set_value(None).run()
+    assert not at.exception and at.chat_input[0].placeholder == "Ask something"
+    assert at.segmented_control[0].value == "English"
+
+
+def test_an_edit_belongs_to_its_question(folder):
+    at = ask(ask(ask(page(), "one"), "two"), "three")
+    second, third = [i for i, m in enumerate(said(at)) if m["role"] == "user"][1:]
+    at.button(key=f"edit {second}").click().run()
+    at.text_area(key=f"text {second}").set_value("two, edited").run()
+    at.button(key="delete 0").click().run()
+    assert not [area for area in at.text_area if area.key != "system"]
+    at.button(key=f"edit {second}").click().run()
+    assert at.text_area(key=f"text {second}").value == "three"
+
+
+@pytest.mark.parametrize("address", ["http://[::1/v1", "http://a\nb/v1", "", "nonsense"])
+def test_addresses_that_are_none(folder, address):
+    at = page()
+    at.radio(key="source").set_value("server").run()
+    at.text_input(key="address").set_value(address).run()
+    assert not at.exception and at.warning
+
+
+def test_flags_that_are_unknown(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["web_demo.py", "--savedir", "x"])
+    assert "--savedir x" in page().warning[0].value
 
 
 def test_an_error_is_shown_and_the_page_goes_on(folder, monkeypatch):
@@ -136,7 +188,9 @@ def test_an_error_is_shown_and_the_page_goes_on(folder, monkeypatch):
 def test_broken_weights_are_an_error_not_a_crash(folder):
     (folder / "full_sft_32.pth").write_bytes(b"nothing")
     at = ask(page())
-    assert "full_sft_32.pth" in at.error[0].value
+    assert "full_sft_32.pth" in at.error[0].value.replace("\\", "")
+    by_label(at.button, "New conversation").click().run()
+    assert not at.error
 
 
 def test_a_server_instead(folder):
@@ -155,7 +209,7 @@ def test_without_weights_a_server_is_offered(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["web_demo.py", "--save_dir", str(tmp_path / "none")])
     at = page()
     at.radio(key="source").set_value("here").run()
-    assert "no weights" in at.info[0].value and at.chat_input[0].disabled
+    assert "no weights" in at.info[0].value and "none" in at.info[0].value and at.chat_input[0].disabled
 
 
 def test_weights_and_adapters_that_are_found(tmp_path):
@@ -199,6 +253,15 @@ def test_training_page(folder, monkeypatch):
     assert not at.exception, at.exception
     assert [metric.label for metric in at.metric] == ["loss", "val_loss"] and at.metric[0].value == "2"
     assert at.code[0].value == "<b>4</b>" and "2+2?" in at.expander[0].label
+    lines = ['{"step": "1"}', '{"step": 1, "reward": null}', "3", '{"step": 2, "question": "a\u2028b"}']
+    (folder / "grpo_samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "odd_log.jsonl").mkdir()  # the newest, and no log
+    (folder / "grpo_log.jsonl").write_text('{"step": "x"}\n{"step": [1]}\n', encoding="utf-8")
+    at.run()
+    assert not at.exception and at.caption[0].value == "…"
+    (folder / "grpo_log.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}', encoding="utf-8")
+    at.run()
+    assert not at.exception and "a b" in at.expander[-1].label
     (folder / "grpo_log.jsonl").unlink()
     assert (
         "No run has written a log" in AppTest.from_function(training, default_timeout=60).run().info[0].value
@@ -215,6 +278,8 @@ def test_a_log_is_read_as_it_grows(tmp_path):
     assert log.update() == log.update() == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}]
     path.write_bytes(b'{"step": 1, "loss": 9}\n')  # a new run
     assert log.update() == [{"step": 1, "loss": 9}]
+    path.write_bytes(b'{"step": 1, "loss": 7}\n{"step": 2, "loss": 6}\n')  # one that is longer already
+    assert log.update() == [{"step": 1, "loss": 7}, {"step": 2, "loss": 6}]
 
 
 def test_conversation_as_markdown():

@@ -142,7 +142,7 @@ def read_file(path: Path, mmap: bool = False) -> dict:
     except FileNotFoundError:
         raise CheckpointError(f"{shown(path)} does not exist") from None
     except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0]
+        first = re.split(r"\. |\n", str(error).strip())[0]
         raise CheckpointError(
             f"{shown(path)} holds more than tensors and plain values, or is no weight file at all, and was "
             f"not opened: such a file could run code. Get it again from a source you trust ({first[:120]})"
