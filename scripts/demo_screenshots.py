@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.web_demo import TEXTS
+from scripts.web_texts import TEXTS
 
 
 def parse_args(argv=None):
@@ -213,14 +213,16 @@ def walk(browser: Browser, width: str):
     browser.find(f"//label[contains(., '{browser.text('thinking')}')]").click()
 
     browser.start(f"agent_{width}")
-    browser.choose(browser.text("tools"), "calculate_math", "text_length")
-    browser.ask("What is 23 + 58, and how many characters does 'garden' have?")
+    browser.choose(browser.text("tools"), "calculate_math", "random_number", "text_length")
+    browser.ask('How much is 74 - 33, and then how many characters are in "egg".')
+    answer = browser.answer()
     browser.check(
-        "calculate_math" in browser.answer() and '{"result"' in browser.answer(),
-        "a tool is called, its result shown",
+        all(part in answer for part in ("calculate_math", '{"result": 41}', "text_length", "41 and 3")),
+        "two tools are called one after the other, their results shown and told",
     )
     browser.picture("tools")
 
+    browser.find("//*[@data-testid='stMultiSelect']//*[@aria-label='Clear all']").click()
     browser.start("random")
     browser.slide("length", "END")
     browser.slide("temperature", "END")
@@ -256,7 +258,9 @@ def walk(browser: Browser, width: str):
 
 
 def chinese(browser: Browser, width: str):
-    browser.find("//button[contains(., '中文')]").click()
+    for _ in range(2):  # pressed again, it stays
+        browser.find("//button[contains(., '中文')]").click()
+        time.sleep(1)
     browser.language = "中文"
     browser.start(f"full_sft_{width}")
     browser.slide("temperature", "HOME")
@@ -267,6 +271,10 @@ def chinese(browser: Browser, width: str):
     browser.find("//*[@data-testid='stMetric']")
     time.sleep(2)
     browser.picture("training_zh")
+    browser.find(f"//a[contains(., '{browser.text('chat')}')]").click()
+    browser.find(f"//h2[contains(., 'full_sft_{width}')] | //*[contains(., '巴黎')]")
+    slider = browser.find("//*[@data-testid='stSlider']//*[@data-testid='stSliderThumbValue']")
+    browser.check(float(slider.text) == 0, "back in the chat, its settings and what was said are still there")
 
 
 def main(args):

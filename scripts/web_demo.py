@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import copy
 import json
-import os
 import re
 import sys
 import threading
@@ -34,114 +33,12 @@ from scripts.conversation import (
     recent,
     remote,
 )
+from scripts.web_texts import KEPT, TEXTS, harmless, plain, text
+from scripts.web_training import newest_first, training_page
 from trainer.tools import TOOLS
 
-KEPT = "source weights address key name thinking tools system temperature top_p length history seed".split()
-KEPT += "folder run live".split()  # settings, by the keys of their widgets
 LONG = 1500  # characters of a question that is shown in a box of its own
 THOUGHTS = ":material/lightbulb:"
-TEXTS = {
-    "English": {
-        "chat": "Chat",
-        "training": "Training",
-        "model": "Model",
-        "source": "Where the model is",
-        "here": "on this computer",
-        "server": "server",
-        "weights": "Weights",
-        "adapters": "Adapters",
-        "address": "Address (OpenAI-compatible, .../v1)",
-        "key": "API key",
-        "name": "Model name",
-        "answers": "Answers",
-        "thinking": "Think first",
-        "tools": "Tools it may call",
-        "system": "System prompt",
-        "temperature": "Temperature (0 = always the likeliest word)",
-        "length": "Longest answer, in tokens",
-        "history": "Past messages it sees",
-        "seed": "Seed (0 = other answers every time)",
-        "new": "New conversation",
-        "ask": "Ask something",
-        "thoughts": "Thoughts",
-        "called": "called",
-        "result": "result",
-        "stop": "Stop",
-        "again": "Answer again",
-        "edit": "Edit",
-        "delete": "Delete this and what it answers",
-        "save": "Ask again",
-        "cancel": "Cancel",
-        "export": "Export",
-        "nothing": "There are no weights in {folder} yet. Train some, or choose a server:",
-        "empty": "Say hello. The names tell what the weights can do: **full_sft** chats, **reason** thinks "
-        "first, **agent** calls tools, **pretrain** continues text.",
-        "cut": "cut off at the longest answer",
-        "rounds": "still calling tools: stopped",
-        "silent": "(an empty answer)",
-        "stopped": "stopped",
-        "loading": "Loading",
-        "busy": "This model is answering in another window: try again in a moment.",
-        "no_log": "No run has written a log into {folder} yet. Start one, for example:",
-        "run": "Run",
-        "figures": "Figures",
-        "live": "Keep up with the run",
-        "samples": "Samples",
-        "step": "step",
-        "reward": "reward",
-        "folder": "Folder of the logs",
-    },
-    "中文": {
-        "chat": "对话",
-        "training": "训练",
-        "model": "模型",
-        "source": "模型在哪里",
-        "here": "本机",
-        "server": "服务器",
-        "weights": "权重",
-        "adapters": "适配器",
-        "address": "地址（兼容 OpenAI，以 /v1 结尾）",
-        "key": "API 密钥",
-        "name": "模型名称",
-        "answers": "回答",
-        "thinking": "先思考再回答",
-        "tools": "可以调用的工具",
-        "system": "系统提示词",
-        "temperature": "温度（0 = 总选最可能的词）",
-        "length": "回答的最大长度（token）",
-        "history": "能看到的历史消息数",
-        "seed": "随机种子（0 = 每次都不同）",
-        "new": "新对话",
-        "ask": "问点什么",
-        "thoughts": "思考过程",
-        "called": "调用了",
-        "result": "结果",
-        "stop": "停止",
-        "again": "重新回答",
-        "edit": "编辑",
-        "delete": "删除这一轮",
-        "save": "重新提问",
-        "cancel": "取消",
-        "export": "导出",
-        "nothing": "{folder} 里还没有权重。先训练一个，或者选择服务器：",
-        "empty": "打个招呼吧。权重的名字说明它会什么：**full_sft** 会对话，**reason** 先思考，"
-        "**agent** 会调用工具，**pretrain** 续写文本。",
-        "cut": "达到最大长度，已截断",
-        "rounds": "一直在调用工具，已停止",
-        "silent": "（空回答）",
-        "stopped": "已停止",
-        "loading": "正在加载",
-        "busy": "这个模型正在另一个窗口里回答，请稍后再试。",
-        "no_log": "{folder} 里还没有训练日志。先开始训练，例如：",
-        "run": "训练任务",
-        "figures": "指标",
-        "live": "实时更新",
-        "samples": "样本",
-        "step": "步",
-        "reward": "奖励",
-        "folder": "日志所在文件夹",
-    },
-}
 
 
 def flags():
@@ -156,35 +53,6 @@ def save_dir() -> Path:
     return flags()[0].save_dir.expanduser()
 
 
-def text(name: str) -> str:
-    return TEXTS[st.session_state.get("language") or "English"][name]
-
-
-ZERO = "\u200b"  # a space without width, where a character must not begin anything
-
-
-def harmless(words: str) -> str:
-    """A model's words as Markdown that fetches nothing, and has no formulas, colours or icons by accident;
-    its lines stay lines. (Streamlit escapes HTML by itself.)"""
-    words = words.replace("![", f"!{ZERO}[")  # everywhere: what looks like code to us need not be code
-    parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", words, flags=re.DOTALL)
-    for i in range(0, len(parts), 2):
-        part = without_signs(parts[i])
-        part = re.sub(r"(\\*)\$", lambda m: m[0] if len(m[1]) % 2 else m[1] + "\\$", part)
-        parts[i] = re.sub(r"(?<=\S)\n(?=\S)", "  \n", part)
-    return "".join(parts)
-
-
-def plain(words: str) -> str:
-    """A line of words that is no Markdown at all: of an error, a name."""
-    return without_signs(re.sub(r"([\\`*_{}\[\]#|<>~$&])", r"\\\1", words))
-
-
-def without_signs(words: str) -> str:
-    """Without Streamlit's own :red[...], :smile:, :material/home:."""
-    return re.sub(r":(?=[\w+\-/]+\\?[\[:])", f":{ZERO}", words)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Models
 # ------------------------------------------------------------------------------------------------------------
@@ -195,14 +63,6 @@ def find_weights(folder: Path) -> list[Path]:
     files = [p for p in folder.glob("*.pth") if not p.name.startswith("reward")]
     folders = [p.parent for p in folder.glob("*/config.json")]
     return newest_first([*files, *folders])
-
-
-def newest_first(paths) -> list[Path]:
-    found = []
-    for path in paths:
-        with contextlib.suppress(OSError):  # it has just gone
-            found.append((path.stat().st_mtime, path))
-    return [path for _, path in sorted(found, reverse=True)]
 
 
 def find_adapters(weights: Path) -> list[str]:
@@ -250,7 +110,13 @@ def choose_model(settings: dict):
     weights = find_weights(save_dir())
     places = ["here", "server"]
     place = st.radio(
-        text("source"), places, format_func=text, horizontal=True, key="source", index=0 if weights else 1
+        text("source"),
+        places,
+        format_func=text,
+        horizontal=True,
+        key="source",
+        **KEPT,
+        index=0 if weights else 1,
     )
     if place == "here":
         if not weights:
@@ -258,10 +124,16 @@ def choose_model(settings: dict):
             st.code("python scripts/quickstart.py", language="bash")
             return None, ""
         path = st.selectbox(
-            text("weights"), weights, format_func=lambda p: p.stem if p.is_file() else p.name, key="weights"
+            text("weights"),
+            weights,
+            format_func=lambda p: p.stem if p.is_file() else p.name,
+            key="weights",
+            **KEPT,
         )
         adapters = find_adapters(path) if path.is_file() else []
-        chosen = st.multiselect(text("adapters"), adapters, key=f"adapters {path}") if adapters else []
+        chosen = (
+            st.multiselect(text("adapters"), adapters, key=f"adapters {path}", **KEPT) if adapters else []
+        )
 
         def make(thinking):
             with st.spinner(text("loading")):
@@ -271,14 +143,14 @@ def choose_model(settings: dict):
             return locked(local(model, own, thinking), lock)
 
         return make, "+".join([path.stem, *chosen])
-    address = st.text_input(text("address"), "http://127.0.0.1:8998/v1", key="address")
-    key = st.text_input(text("key"), type="password", key="key")
+    address = st.text_input(text("address"), "http://127.0.0.1:8998/v1", key="address", **KEPT)
+    key = st.text_input(text("key"), type="password", key="key", **KEPT)
     names, problem = list_models(address, key)
     if problem:
         st.warning(plain(problem))
     if names and (st.session_state.get("name") is None or st.session_state.get("asked_at") != address):
         st.session_state.name, st.session_state.asked_at = names[0], address  # a new server, or it came up
-    name = st.selectbox(text("name"), names, key="name", accept_new_options=True)
+    name = st.selectbox(text("name"), names, key="name", **KEPT, accept_new_options=True)
 
     def ask(thinking):
         client = connect(address, key, timeout=60, max_retries=0)
@@ -391,14 +263,16 @@ def sidebar() -> tuple:
         settings: dict = {}
         make, name = choose_model(settings)
         st.subheader(text("answers"))
-        thinking = st.toggle(text("thinking"), key="thinking")
-        tools = st.multiselect(text("tools"), list(TOOLS), key="tools")
-        system = st.text_area(text("system"), key="system", height=68)
-        settings["temperature"] = st.slider(text("temperature"), 0.0, 1.5, 0.7, 0.05, key="temperature")
-        settings["top_p"] = st.slider("top-p", 0.05, 1.0, 0.9, 0.05, key="top_p")
-        settings["max_tokens"] = st.slider(text("length"), 16, 4096, 512, 16, key="length")
-        history = st.slider(text("history"), 0, 40, 20, 2, key="history")
-        seed = st.number_input(text("seed"), 0, 2**31, 0, key="seed")
+        thinking = st.toggle(text("thinking"), key="thinking", **KEPT)
+        tools = st.multiselect(text("tools"), list(TOOLS), key="tools", **KEPT)
+        system = st.text_area(text("system"), key="system", **KEPT, height=68)
+        settings["temperature"] = st.slider(
+            text("temperature"), 0.0, 1.5, 0.7, 0.05, key="temperature", **KEPT
+        )
+        settings["top_p"] = st.slider("top-p", 0.05, 1.0, 0.9, 0.05, key="top_p", **KEPT)
+        settings["max_tokens"] = st.slider(text("length"), 16, 4096, 512, 16, key="length", **KEPT)
+        history = st.slider(text("history"), 0, 40, 20, 2, key="history", **KEPT)
+        seed = st.number_input(text("seed"), 0, 2**31, 0, key="seed", **KEPT)
         settings["seed"] = int(seed) or None
         if st.button(text("new"), width="stretch", icon=":material/add_comment:"):
             st.session_state.messages, st.session_state.editing = [], None
@@ -540,138 +414,23 @@ def chat_page():
     state.pending = False
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------
-
-FIRST = [
-    "loss",
-    "val_loss",
-    "val_bpb",
-    "reward",
-    "success",
-    "val_pass1",
-    "kl",
-    "length",
-    "entropy",
-    "lr",
-    "grad_norm",
-]
-
-
-POINTS = 1000  # of a curve, at most: a page cannot show more
-
-
-class Log:
-    """The steps in a log. Every `update` reads what was written since the last one; a line that is being
-    written waits until it is whole."""
-
-    def __init__(self, path: Path):
-        self.path, self.position, self.begin, self.steps = path, 0, None, []
-
-    def update(self) -> list[dict]:
-        with self.path.open("rb") as file:
-            begin = (os.fstat(file.fileno()).st_ino, file.read(200).partition(b"\n")[0])
-            if begin != self.begin or file.seek(0, 2) < self.position:  # a run has begun it anew
-                self.position, self.begin, self.steps = 0, begin, []
-            file.seek(self.position)
-            whole, _, _ = file.read().rpartition(b"\n")
-        self.position += len(whole) + bool(whole)
-        for line in whole.decode("utf-8", "replace").split("\n"):
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                if isinstance(entry, dict) and type(entry.get("step")) is int:
-                    self.steps.append({k: v for k, v in entry.items() if type(v) in (int, float)})
-        return self.steps
-
-
-def tail(path: Path, count: int) -> list[str]:
-    """The last lines of a file, which may be long."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(size - (1 << 18), 0))
-        return file.read().decode("utf-8", "replace").strip("\n").split("\n")[-count:]
-
-
-def training_page():
-    place = Path(st.sidebar.text_input(text("folder"), str(save_dir()), key="folder")).expanduser()
-    depths = ("", "*/", "*/*/")  # a typed folder may be a whole disk
-    paths = (path for depth in depths for path in place.glob(f"{depth}*_log.jsonl"))
-    logs = newest_first(path for path in paths if path.is_file())
-    if not logs:
-        st.info(text("no_log").format(folder=plain(str(place))))
-        st.code("python trainer/train_pretrain.py", language="bash")
-        return
-    with st.sidebar:
-        path = st.selectbox(
-            text("run"),
-            logs,
-            format_func=lambda p: str(p.relative_to(place)).removesuffix("_log.jsonl"),
-            key="run",
-        )
-        live = st.toggle(text("live"), True, key="live")
-    st.markdown(f"## {path.name.removesuffix('_log.jsonl')}")
-    st.fragment(show_run, run_every=2 if live else None)(path)
-
-
-def show_run(path: Path):
-    import pandas
-
-    if getattr(st.session_state.get("log"), "path", None) != path:
-        st.session_state.log = Log(path)
-    try:
-        table = pandas.DataFrame(st.session_state.log.update())
-    except OSError:  # it was taken away; a new run may write another
-        table = pandas.DataFrame()
-    if table.empty:
-        st.caption("…")
-        return
-    table = table.groupby("step").last()
-    names = [name for name in table.columns if table[name].nunique() > 1]
-    default = [name for name in FIRST if name in names][:6]
-    chosen = st.multiselect(text("figures"), sorted(names), default, key=f"figures {path}")
-    last = table.ffill().iloc[-1]
-    st.caption(f"{text('step')} {table.index[-1]:,}")
-    columns = st.columns(2)
-    for i, name in enumerate(chosen):
-        with columns[i % 2]:
-            st.metric(name, f"{last[name]:,.4g}")
-            curve = table[name].dropna()
-            st.line_chart(curve[:: -(-len(curve) // POINTS)], height=180, x_label=text("step"), y_label="")
-    samples = path.with_name(path.name.replace("_log.jsonl", "_samples.jsonl"))
-    if samples.exists():
-        st.subheader(text("samples"))
-        for line in tail(samples, 8):
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
-                show_sample(json.loads(line))
-
-
-def show_sample(sample: dict):
-    reward = sample.get("reward", 0.0)
-    question = " ".join(str(sample.get("question")).split())[:80]
-    label = f"{text('step')} {sample.get('step')} · {text('reward')} {reward:.3f} · {question}"
-    with st.expander(plain(label)):
-        st.json({"parts": sample.get("parts", {}), "expected": sample.get("expected")}, expanded=False)
-        for turn in sample.get("turns") or [sample.get("text", "")]:
-            st.code(str(turn), language=None, wrap_lines=True)
-
-
 def main():
     st.set_page_config(page_title="MiniMind", page_icon="🧠", layout="centered")
-    state = st.session_state
-    # Streamlit forgets the widgets of a page that is not drawn: what is written anew stays.
-    for key in [key for key in state if key in KEPT or str(key).startswith("adapters ")]:
-        state[key] = state[key]
-    state.language = state.get("language") or state.get("spoken", "English")  # pressed again, it is off
-    state.spoken = state.language
+    st.session_state.setdefault("language", "English")
     if flags()[1]:
         st.warning(plain(f"{' '.join(flags()[1])}: unknown. After -- there may be --save_dir FOLDER"))
+
+    def training():
+        training_page(save_dir())
+
     pages = [
         st.Page(chat_page, title=text("chat"), icon=":material/chat:", url_path="chat", default=True),
-        st.Page(training_page, title=text("training"), icon=":material/monitoring:", url_path="training"),
+        st.Page(training, title=text("training"), icon=":material/monitoring:", url_path="training"),
     ]
     page = st.navigation(pages)
-    st.sidebar.segmented_control("Language / 语言", list(TEXTS), key="language", label_visibility="collapsed")
+    st.sidebar.segmented_control(
+        "Language / 语言", list(TEXTS), key="language", label_visibility="collapsed", required=True
+    )
     page.run()
 
 

@@ -9,7 +9,9 @@ import pytest
 from serve_helpers import LiveServer, small_native
 from streamlit.testing.v1 import AppTest
 
-from scripts import web_demo
+from scripts import web_demo, web_texts
+from scripts.web_texts import TEXTS
+from scripts.web_training import Log
 from trainer import checkpoint
 
 PAGE = str(web_demo.ROOT / "scripts" / "web_demo.py")
@@ -90,8 +92,8 @@ def test_thoughts_are_folded_and_chinese(folder):
     assert said(at)[1]["reasoning_content"] and at.expander[0].label == "Thoughts"
     at.segmented_control[0].set_value("中文").run()
     assert at.expander[0].label == "思考过程" and at.chat_input[0].placeholder == "问点什么"
-    for name in web_demo.TEXTS["English"]:
-        assert web_demo.TEXTS["中文"][name]
+    for name in TEXTS["English"]:
+        assert TEXTS["中文"][name]
 
 
 def test_calls_and_results_are_shown(folder, monkeypatch):
@@ -137,15 +139,8 @@ def test_what_a_model_says_is_text(folder, monkeypatch):
 )
 def test_words_without_effects(words, harmless, plain):
     """Z: a space without width."""
-    assert web_demo.harmless(words).replace(web_demo.ZERO, "Z") == harmless
-    assert plain is None or web_demo.plain(words).replace(web_demo.ZERO, "Z") == plain
-
-
-def test_the_language_pressed_again_stays(folder):
-    at = page()
-    at.segmented_control[0].set_value(None).run()
-    assert not at.exception and at.chat_input[0].placeholder == "Ask something"
-    assert at.segmented_control[0].value == "English"
+    assert web_texts.harmless(words).replace(web_texts.ZERO, "Z") == harmless
+    assert plain is None or web_texts.plain(words).replace(web_texts.ZERO, "Z") == plain
 
 
 def test_an_edit_belongs_to_its_question(folder):
@@ -240,14 +235,14 @@ def test_training_page(folder, monkeypatch):
     ]
     lines = [json.dumps(step) for step in steps] + ['{"step": 4, "lo']  # being written
     (folder / "grpo_log.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert web_demo.Log(folder / "grpo_log.jsonl").update()[-1] == {"step": 3, "loss": 2, "val_loss": 7.0}
+    assert Log(folder / "grpo_log.jsonl").update()[-1] == {"step": 3, "loss": 2, "val_loss": 7.0}
     sample = {"step": 1, "question": "2+2?", "turns": ["<b>4</b>"], "reward": 1.0, "parts": {"correct": 1.0}}
     (folder / "grpo_samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
 
     def training():
-        from scripts import web_demo
+        from scripts import web_demo, web_training
 
-        web_demo.training_page()
+        web_training.training_page(web_demo.save_dir())
 
     at = AppTest.from_function(training, default_timeout=60).run()
     assert not at.exception, at.exception
@@ -271,7 +266,7 @@ def test_training_page(folder, monkeypatch):
 def test_a_log_is_read_as_it_grows(tmp_path):
     path = tmp_path / "x_log.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 3}\n[1]\nnonsense\n{"step": 2, "no')
-    log = web_demo.Log(path)
+    log = Log(path)
     assert log.update() == [{"step": 1, "loss": 3}]
     with path.open("ab") as file:
         file.write('te": "é", "loss": 2}\n{"step": 3'.encode())
