@@ -50,7 +50,7 @@ class Request:
         top_logprobs: report the score of every token, its log-prob at temperature 1 without any penalty, and
             so many of the likeliest ones; None = neither.
         guide: None, or a function that makes an object which decides for one row which tokens may come next:
-            `allowed()` -> (V,) bool or None for all, and `take(token)`.
+            `adjust(logits)` (V,) float32 -> logits, -inf where a token may not, and `take(token)`.
         score_prompt: also fill `prompt_scores`: for every token of the prompt but the first its log-prob at
             temperature 1, and the likeliest tokens as with `top_logprobs`.
         reuse: begin with keys and values of an earlier prompt that began alike. They were computed in another
@@ -128,8 +128,7 @@ class Row:
             request = self.request
             logits = logits - self.counts * request.frequency_penalty
             logits = logits - (self.counts > 0) * request.presence_penalty
-        allowed = self.guide.allowed() if self.guide else None
-        return logits if allowed is None else logits.masked_fill(~allowed.to(logits.device), -math.inf)
+        return self.guide.adjust(logits) if self.guide else logits
 
     def fail(self, error: Exception):
         self.request.error, self.request.cancelled, self.guide = error, True, None

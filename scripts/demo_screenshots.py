@@ -220,7 +220,10 @@ def walk(browser: Browser, width: str):
         all(part in answer for part in ("calculate_math", '{"result": 41}', "text_length", "41 and 3")),
         "two tools are called one after the other, their results shown and told",
     )
+    browser.driver.set_window_size(1280, 1180)
+    time.sleep(1)
     browser.picture("tools")
+    browser.driver.set_window_size(1280, 900)
 
     browser.find("//*[@data-testid='stMultiSelect']//*[@aria-label='Clear all']").click()
     browser.start("random")

@@ -5,6 +5,7 @@ Willard & Louf 2023, https://arxiv.org/abs/2307.09702). Grammars and their table
 """
 
 import json
+import math
 
 import numpy as np
 import torch
@@ -14,19 +15,23 @@ COMPACT = {"whitespace_flexible": False, "key_separator": ": ", "item_separator"
 
 class Guide:
     """One answer on its way through a grammar. With `after`, the token that ends thoughts, the grammar begins
-    behind it, and the answer cannot end before. Raises ValueError when the grammar cannot go on, as when it
-    became too complex."""
+    behind it, and where the model would end its answer in the thoughts, it ends these. Raises ValueError when
+    the grammar cannot go on, as when it became too complex."""
 
-    def __init__(self, matcher, vocab_size: int, after: int | None = None, thoughts: torch.Tensor = None):
-        self.matcher, self.vocab_size, self.after, self.thoughts = matcher, vocab_size, after, thoughts
+    def __init__(self, matcher, eos: int, after: int | None = None):
+        self.matcher, self.eos, self.after = matcher, eos, after
 
-    def allowed(self) -> torch.Tensor:
-        """(V,) bool."""
+    def adjust(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (V,) -> the same, -inf where a token may not come."""
         if self.after is not None:
-            return self.thoughts
+            logits = logits.clone()
+            logits[self.after] = torch.logaddexp(logits[self.after], logits[self.eos])
+            logits[self.eos] = -math.inf
+            return logits
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         self.check()
-        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.vocab_size].astype(bool))
+        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool))
+        return logits.masked_fill(~allowed.to(logits.device), -math.inf)
 
     def take(self, token: int):
         if self.after is not None:
@@ -51,9 +56,7 @@ class Guides:
     def __init__(self, tokenizer, vocab_size: int, eos: int):
         from llguidance.hf import from_tokenizer
 
-        self.vocab_size = vocab_size
-        self.thoughts = torch.ones(vocab_size, dtype=torch.bool)  # every token but the one that ends
-        self.thoughts[eos] = False
+        self.eos = eos
         self.tokens = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
         tags = ("<tool_call>", "</tool_call>", "</think>")
         self.open, self.close, self.think_end = (tokenizer.convert_tokens_to_ids(tag) for tag in tags)
@@ -88,7 +91,7 @@ class Guides:
         if first.is_error():
             raise ValueError(f"a schema cannot be followed: {reason(first)}")
         after = self.think_end if thinking else None
-        return lambda: Guide(first.deep_copy(), self.vocab_size, after, self.thoughts)
+        return lambda: Guide(first.deep_copy(), self.eos, after)
 
 
 def grammar_of(lark: str) -> str:

@@ -1,5 +1,6 @@
 """Continuous batching: whoever comes and goes beside it, a request gets the answer it would get alone."""
 
+import math
 import random
 from dataclasses import asdict
 
@@ -329,8 +330,8 @@ class OnlyEven:
     def __init__(self):
         self.taken = []
 
-    def allowed(self):
-        return torch.arange(V) % 2 == 0
+    def adjust(self, logits):
+        return logits.masked_fill(torch.arange(V) % 2 == 1, -math.inf)
 
     def take(self, token):
         self.taken.append(token)
@@ -345,9 +346,10 @@ def test_a_guide_decides_what_may_come(engine):
 
 
 class Broken(OnlyEven):
-    def allowed(self):
+    def adjust(self, logits):
         if len(self.taken) == 3:
             raise RuntimeError("no token is possible")
+        return logits
 
 
 class BrokenLater(OnlyEven):

@@ -452,7 +452,7 @@ def test_an_answer_of_a_given_form_cannot_end_in_its_thoughts(client, form):
     if form == "schema":
         schema = {"name": "x", "schema": {"enum": ["yes"]}}
         settings = {"response_format": {"type": "json_schema", "json_schema": schema}}
-    ending = {str(IM_END): 100, str(THINK_END): 50}
+    ending = {str(IM_END): 100, str(THINK_END): -100}
     choice = ask(client, extra_body=THOUGHTS, logit_bias=ending, max_tokens=80, **settings).choices[0]
     assert choice.message.tool_calls if form == "call" else choice.message.content == '"yes"'
 
