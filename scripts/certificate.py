@@ -1,0 +1,95 @@
+"""Does a converted model answer as the original does? Measured with the target's own runtime, on fixed texts.
+
+A certificate is a dictionary of plain values that goes beside the files. What could not be measured says "not
+checked", and why.
+"""
+
+import copy
+
+PROMPTS = (
+    "中国的首都是",
+    "春天来了，",
+    "水在零度的时候",
+    "从前有一座山，",
+    "请介绍一下你自己。",
+    "十二加三十等于",
+    "小明有 15 个苹果，",
+    "人工智能是",
+    "我最喜欢的季节是秋天，因为",
+    "Python 里的列表",
+    "The capital of France is",
+    "Once upon a time",
+    "The sun rises in the",
+    "To make bread you need",
+    "Who are you?",
+    "12 + 30 =",
+    "def add(a, b):\n    return",
+    "Water boils at",
+    "My name is",
+    "1, 2, 3, 4,",
+)
+TEXTS = (
+    *PROMPTS,
+    "😀👨‍👩‍👧 naïve café — “quotes” …",
+    "3.14159 1,000,000 2026-11-29 0x7f",
+    "for i in range(10):\n\tprint(f'{i:>3}')  # tabs\r\n",
+    "  leading, trailing  \n\n\n   and   many   spaces ",
+    "龘靐齉 ㄅㄆ 한국어 العربية Ελληνικά ไทย",
+    "<|im_start|>user\nhi<|im_end|>\n<think>\n</think><tool_call>",
+    "I'll we've don't THEY'RE",
+)
+NEW_TOKENS = 32
+
+
+def rounded(model, dtype: str):
+    """A copy of a model with its weights rounded to a type, and computed with in float32."""
+    import torch
+
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype)).float()
+    return twin.eval()
+
+
+def certify_transformers(folder, model, tokenizer, dtype: str) -> dict:
+    """The certificate of a transformers folder against a MiniMindLM and its tokenizer, both in float32. No
+    code that comes with the folder is run."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from model.generation import Generator
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(folder)
+    ours = rounded(model, dtype)
+    engine, eos = Generator(ours, dtype="float32"), model.config.eos_token_id
+    differences, alike = [], 0
+    with torch.inference_mode():
+        for text in PROMPTS:
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            x = torch.tensor([ids])
+            differences.append((ours(x).logits - theirs(x).logits).abs().max())
+            (answer,) = engine.generate([ids], max_new_tokens=NEW_TOKENS, temperature=0)
+            generated = theirs.generate(
+                x, attention_mask=torch.ones_like(x), max_new_tokens=NEW_TOKENS, do_sample=False
+            )
+            alike += generated[0, len(ids) :].tolist() == answer.ids
+    difference = torch.stack(differences).max().item()  # nan if one of them is
+    same_ids = sum(
+        tokenizer(text, add_special_tokens=False).input_ids
+        == their_tokenizer(text, add_special_tokens=False).input_ids
+        for text in TEXTS
+    )
+    return {
+        "target": type(theirs).__name__,
+        "runtime": f"transformers {transformers.__version__}",
+        "weights": dtype,
+        "computed_in": "float32",
+        "max_logit_difference": difference,
+        "greedy_answers_identical": f"{alike} of {len(PROMPTS)}",
+        "greedy_tokens": NEW_TOKENS,
+        "eos_token_id": eos,
+        "texts_with_identical_token_ids": f"{same_ids} of {len(TEXTS)}",
+        "passed": difference < 1e-3 and alike == len(PROMPTS) and same_ids == len(TEXTS),
+    }

@@ -1,0 +1,127 @@
+"""Take a model elsewhere, or bring one here; every conversion is measured against the original.
+
+    python scripts/convert_model.py hf --weight full_sft --to minimind-hf       # for transformers, vLLM, trl
+    python scripts/convert_model.py hf --weight full_sft --lora_weight lora_identity --to merged-hf
+    python scripts/convert_model.py native --folder minimind-hf --name imported # out/imported_512.pth
+
+hf writes a folder that transformers opens as Llama, Qwen3 or Qwen3-MoE, without code of ours. native reads
+such a folder, or a released checkpoint of one of these classes. The certificate (parity.json, or
+NAME.parity.json) says how far the logits are apart and whether greedy answers are the same, measured by
+loading the written files with transformers.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
+
+from trainer import cli
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="hf|native")
+    hf = kinds.add_parser("hf", help="weights of this project -> a transformers folder", allow_abbrev=False)
+    hf.add_argument("--weight", default="full_sft", metavar="NAME", help="as in eval_llm.py, or a .pth file")
+    hf.add_argument("--hidden_size", type=cli.positive_int, metavar="N", help="without it the newest file")
+    hf.add_argument("--use_moe", type=cli.switch, metavar="0|1", help="without it whichever is there")
+    hf.add_argument(
+        "--save_dir", type=Path, default=ROOT / "out", metavar="DIR", help="folder of the weights"
+    )
+    hf.add_argument("--lora_weight", default="None", metavar="NAMES", help="adapters to merge: a:0.5,b")
+    hf.add_argument(
+        "--tokenizer", type=Path, default=ROOT / "model", metavar="DIR", help="folder of tokenizer.json"
+    )
+    hf.add_argument(
+        "--inference_rope_scaling", type=cli.switch, default=0, metavar="0|1", help="1 = YaRN x16"
+    )
+    hf.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write")
+    hf.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights in it"
+    )
+    native = kinds.add_parser("native", help="a transformers folder -> a weight file", allow_abbrev=False)
+    native.add_argument("--folder", type=Path, required=True, metavar="DIR", help="with config.json")
+    native.add_argument("--name", metavar="NAME", help="of the file NAME_WIDTH.pth, without it the folder's")
+    native.add_argument("--save_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where to write")
+    for sub in (hf, native):
+        sub.add_argument("--check", type=cli.switch, default=1, metavar="0|1", help="0 = no certificate")
+    return parser.parse_args(argv)
+
+
+def to_hf(args):
+    import eval_llm
+    from scripts.certificate import certify_transformers
+    from scripts.convert_hf import write_folder
+    from trainer import checkpoint
+
+    args.preset = None
+    path = eval_llm.find_weights(args)
+    tokenizer = eval_llm.load_tokenizer(args.tokenizer)
+    overrides = {"inference_rope_scaling": True} if args.inference_rope_scaling else {}
+    model, metadata = checkpoint.load_model(path, tokenizer, **overrides)
+    if args.lora_weight not in ("None", "none", ""):
+        for note in checkpoint.merge_adapters(model, args.lora_weight, path.parent, metadata):
+            print(note)
+    write_folder(model, args.tokenizer, args.to, args.dtype)
+    print(f"wrote {checkpoint.shown(args.to)} from {checkpoint.shown(path)}")
+    certificate = {"weights": args.dtype, "checked": "not checked: --check 0"}
+    if args.check:
+        certificate = certify_transformers(args.to, model, tokenizer, args.dtype)
+    finish(certificate, args.to / "parity.json")
+
+
+def to_native(args):
+    import eval_llm
+    from scripts.certificate import certify_transformers
+    from scripts.convert_hf import load_folder
+    from trainer import checkpoint
+
+    model, content = load_folder(args.folder)
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    tail = "_moe" if model.config.use_moe else ""
+    name = args.name or args.folder.resolve().name
+    path = args.save_dir / f"{name}_{model.config.hidden_size}{tail}.pth"
+    if path.exists():
+        raise checkpoint.CheckpointError(f"{checkpoint.shown(path)} exists already: give another --name")
+    metadata = {"stage": "imported", "parent": {"weight": content.get("model_type")}}
+    tokenizer = None
+    if (args.folder / "tokenizer.json").exists():
+        tokenizer = eval_llm.load_tokenizer(args.folder)
+        metadata["tokenizer"] = checkpoint.tokenizer_hash(tokenizer)
+    args.save_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_weights(model, path, metadata, dtype)
+    print(f"wrote {checkpoint.shown(path)} ({dtype})")
+    if content.get("model_type") == "minimind":
+        certificate = {"checked": "not checked: transformers has no class of this name, and no code is run"}
+    elif not args.check:
+        certificate = {"checked": "not checked: --check 0"}
+    elif tokenizer is None:
+        certificate = {"checked": "not checked: there is no tokenizer.json in the folder"}
+    else:
+        written, _ = checkpoint.load_model(path)
+        certificate = certify_transformers(args.folder, written.float(), tokenizer, dtype)
+    finish(certificate, path.with_suffix(".parity.json"))
+
+
+def finish(certificate: dict, path: Path):
+    from scripts.convert_hf import write_json
+    from trainer.checkpoint import CheckpointError, shown
+
+    write_json(path, certificate)
+    for name, value in certificate.items():
+        print(f"  {name:32} {value}")
+    print(f"certificate: {shown(path)}")
+    if certificate.get("passed") is False:
+        raise CheckpointError("the converted model does not answer as the original does: do not use it")
+
+
+def main(args):
+    {"hf": to_hf, "native": to_native}[args.kind](args)
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args)

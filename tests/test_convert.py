@@ -1,0 +1,236 @@
+"""Weights that go to transformers and come back: the same bits, the same answers, and a certificate that can
+fail."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from model.model_lora import LoRAConfig, add_lora, lora_state
+from model.model_minimind import MiniMindConfig, MiniMindLM
+from scripts import convert_hf, convert_model
+from scripts.certificate import certify_transformers
+from trainer import checkpoint, cli
+
+SHAPE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SHAPE |= dict(vocab_size=6400, intermediate_size=96, rms_norm_eps=1e-6, max_position_embeddings=512)
+MOE = dict(use_moe=True, num_experts=4, num_experts_per_tok=2, n_shared_experts=0, moe_intermediate_size=48)
+KINDS = {
+    "llama": ("LlamaForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", dict(qk_norm=True)),
+    "moe": ("Qwen3MoeForCausalLM", dict(qk_norm=True, **MOE)),
+    "moe_sums": ("Qwen3MoeForCausalLM", dict(qk_norm=True, **MOE, norm_topk_prob=False)),
+    "yarn": ("Qwen3ForCausalLM", dict(qk_norm=True, inference_rope_scaling=True)),
+    "untied": ("Qwen3ForCausalLM", dict(qk_norm=True, tie_word_embeddings=False, head_dim=32)),
+    "theta": ("LlamaForCausalLM", dict(rope_theta=1e4)),
+}
+
+
+def random_model(**fields):
+    """Random weights and random norms: all-ones norms would hide one that is missing."""
+    torch.manual_seed(0)
+    model = MiniMindLM(MiniMindConfig(**SHAPE | fields)).eval()
+    for p in model.parameters():
+        p.data.normal_(0, 0.15) if p.ndim > 1 else p.data.normal_(1, 0.3)
+    return model
+
+
+def save(model, folder, name="full_sft", **metadata):
+    tail = "_moe" if model.config.use_moe else ""
+    path = folder / f"{name}_{model.config.hidden_size}{tail}.pth"
+    metadata = {"stage": "full_sft", "tokenizer": checkpoint.tokenizer_hash(checkpoint.load_tokenizer())}
+    checkpoint.save_weights(model, path, metadata)
+    return path
+
+
+def convert(*flags):
+    convert_model.main(convert_model.parse_args([str(flag) for flag in flags]))
+
+
+def refused(capsys, *flags) -> str:
+    with pytest.raises(SystemExit) as error:
+        cli.run(convert_model.main, convert_model.parse_args, [str(flag) for flag in flags])
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back(tmp_path, kind):
+    name, fields = KINDS[kind]
+    path, folder = save(random_model(**fields), tmp_path), tmp_path / "hf"
+    convert("hf", "--save_dir", tmp_path, "--to", folder)
+    certificate = json.loads((folder / "parity.json").read_text())
+    assert certificate["passed"] and certificate["max_logit_difference"] < 1e-5
+    assert certificate["target"] == name and certificate["greedy_answers_identical"] == "20 of 20"
+    convert("native", "--folder", folder, "--name", "back", "--save_dir", tmp_path)
+    back = next(tmp_path.glob("back_64*.pth"))
+    (first, about), (second, about_it) = checkpoint.read_weights(path), checkpoint.read_weights(back)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert about["config"] == about_it["config"] and about["tokenizer"] == about_it["tokenizer"]
+    assert json.loads(back.with_suffix(".parity.json").read_text())["passed"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(tmp_path, dtype):
+    save(random_model(qk_norm=True), tmp_path)
+    convert("hf", "--save_dir", tmp_path, "--to", tmp_path / "hf", "--dtype", dtype)
+    certificate = json.loads((tmp_path / "hf" / "parity.json").read_text())
+    assert certificate["passed"] and certificate["weights"] == dtype
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype)}
+    convert("native", "--folder", tmp_path / "hf", "--name", "half", "--save_dir", tmp_path)
+    state, _ = checkpoint.read_weights(tmp_path / "half_64.pth")
+    assert all(torch.equal(state[name], stored[name]) for name in stored)
+
+
+def test_a_certificate_can_fail(tmp_path):
+    model, tokenizer, folder = random_model(qk_norm=True), checkpoint.load_tokenizer(), tmp_path / "hf"
+    convert_hf.write_folder(model, convert_model.ROOT / "model", folder, "float32")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.q_norm.weight"] += 0.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    certificate = certify_transformers(folder, model, tokenizer, "float32")
+    assert not certificate["passed"] and certificate["max_logit_difference"] > 1e-3
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not certify_transformers(folder, model, tokenizer, "float32")["passed"]
+
+
+def test_generate_stops_at_the_end_token_and_the_template_is_there(tmp_path):
+    model = random_model(qk_norm=True)
+    with torch.no_grad():  # a model that says nothing but the end
+        model.model.embed_tokens.weight[2] *= 20
+    convert_hf.write_folder(model, convert_model.ROOT / "model", tmp_path / "hf", "float32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    generated = [
+        theirs.generate(torch.tensor([[i]]), max_new_tokens=200, do_sample=True)[0].tolist()
+        for i in range(3, 9)
+    ]
+    assert any(len(ids) < 201 for ids in generated)
+    assert all(2 not in ids[1:-1] for ids in generated)
+    messages = [{"role": "user", "content": "你好"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    own = checkpoint.load_tokenizer()
+    assert text == own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+
+
+def test_both_generations_of_transformers_are_told_the_same():
+    """5 reads rope_parameters, dtype and num_local_experts, 4 the older words."""
+    config = MiniMindConfig(**SHAPE, qk_norm=True, inference_rope_scaling=True, rope_theta=5e5, **MOE)
+    content = convert_hf.to_hf_config(config, "bfloat16")
+    assert content["rope_theta"] == content["rope_parameters"]["rope_theta"] == 5e5
+    for words in (content["rope_scaling"], content["rope_parameters"]):
+        assert words["rope_type"] == "yarn" and words["factor"] == 16 and words["attention_factor"] == 1
+    assert content["dtype"] == content["torch_dtype"] == "bfloat16"
+    assert content["num_experts"] == content["num_local_experts"] == 4
+
+
+SMALL = dict(SHAPE, vocab_size=300)
+THEIRS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True)),
+    "moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+@pytest.mark.parametrize("shard", ["50GB", "100KB"])
+def test_what_transformers_wrote_is_read(tmp_path, kind, shard):
+    torch.manual_seed(0)
+    theirs = THEIRS[kind]().eval()
+    for p in theirs.parameters():
+        p.data.normal_(0, 0.15) if p.ndim > 1 else p.data.normal_(1, 0.3)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
+    ours, _ = convert_hf.load_folder(tmp_path / "theirs")
+    x = torch.randint(0, 300, (2, 20))
+    with torch.inference_mode():
+        assert (ours(x).logits - theirs(x).logits).abs().max() < 1e-5
+
+
+def test_without_a_tokenizer_nothing_is_certified(tmp_path):
+    THEIRS["llama"]().save_pretrained(tmp_path / "theirs")
+    convert("native", "--folder", tmp_path / "theirs", "--save_dir", tmp_path)
+    certificate = json.loads((tmp_path / "theirs_64.parity.json").read_text())
+    assert "not checked" in certificate["checked"] and "passed" not in certificate
+
+
+def test_adapters_are_merged(tmp_path):
+    model = random_model(qk_norm=True)
+    save(model, tmp_path)
+    (tmp_path / "lora").mkdir()
+    add_lora(model, LoRAConfig(rank=4))
+    state = {name: torch.randn_like(t) * 0.1 for name, t in lora_state(model).items()}
+    checkpoint.save_weights(
+        model,
+        tmp_path / "lora" / "lora_a_64.pth",
+        {"lora": {"rank": 4, "alpha": 4.0}},
+        state=state,
+    )
+    convert("hf", "--save_dir", tmp_path, "--to", tmp_path / "hf", "--lora_weight", "lora_a")
+    merged = load_file(tmp_path / "hf" / "model.safetensors")
+    base, _ = checkpoint.read_weights(tmp_path / "full_sft_64.pth")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(merged[name], base[name])
+    assert json.loads((tmp_path / "hf" / "parity.json").read_text())["passed"]
+
+
+def test_bad_input_is_one_sentence(tmp_path, capsys):
+    save(random_model(use_moe=True, num_experts=2, moe_intermediate_size=32), tmp_path)
+    assert "shared expert" in refused(capsys, "hf", "--save_dir", tmp_path, "--to", tmp_path / "x")
+    assert not list(tmp_path.glob("x*"))
+    save(random_model(), tmp_path, "dense")
+    dense = ("hf", "--save_dir", tmp_path, "--weight", "dense")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    assert "exists already" in refused(capsys, *dense, "--to", tmp_path / "full")
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    words = refused(capsys, *dense, "--to", tmp_path / "y", "--tokenizer", tmp_path / "empty")
+    assert "tokenizer.json" in words
+    native = ("native", "--save_dir", tmp_path, "--folder")
+    assert "config.json does not exist" in refused(capsys, *native, tmp_path / "empty")
+
+    folder = tmp_path / "theirs"
+    THEIRS["qwen3"]().save_pretrained(folder)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    good, whole = json.loads(config.read_text()), weights.read_bytes()
+    for change, says in (
+        ({"model_type": "gpt2"}, "'gpt2' is none that is known here"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "'llama3' is not possible"),
+        ({"num_hidden_layers": 3}, "do not fit"),
+        ({"num_attention_heads": "four"}, "num_attention_heads = 'four' is no whole number"),
+    ):
+        config.write_text(json.dumps(good | change))
+        assert says in refused(capsys, *native, folder)
+    config.write_text("{")
+    assert "cannot be read" in refused(capsys, *native, folder)
+    config.write_text(json.dumps(good))
+    weights.write_bytes(whole[:3000])
+    assert "half there" in refused(capsys, *native, folder)
+    weights.unlink()
+    assert "does not exist: the folder is incomplete" in refused(capsys, *native, folder)
+    index = folder / convert_hf.INDEX
+    index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+    assert "outside its folder" in refused(capsys, *native, folder)
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    assert "model-00001-of-00002.safetensors does not exist" in refused(capsys, *native, folder)
+    assert not list(tmp_path.glob("theirs_*")) and not list(tmp_path.glob("*.part"))
