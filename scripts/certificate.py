@@ -51,16 +51,26 @@ def rounded(model, dtype: str):
     return twin.eval()
 
 
-def certify_transformers(folder, model, tokenizer, dtype: str) -> dict:
+def certify_transformers(folder, model, tokenizer, dtype: str, adapter=None) -> dict:
     """The certificate of a transformers folder against a MiniMindLM and its tokenizer, both in float32. No
-    code that comes with the folder is run."""
+    code that comes with the folder is run. adapter: a folder of peft that is put on it (`model` has its own
+    merged)."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from model.generation import Generator
 
+    runtime = f"transformers {transformers.__version__}"
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    target = type(theirs).__name__
+    if adapter is not None:
+        try:
+            import peft
+        except ImportError:
+            return {"checked": "not checked: peft is not installed (pip install peft)"}
+        theirs = peft.PeftModel.from_pretrained(theirs, adapter).eval()
+        runtime, target = f"{runtime}, peft {peft.__version__}", f"{target} with an adapter"
     their_tokenizer = AutoTokenizer.from_pretrained(folder)
     ours = rounded(model, dtype)
     engine, eos = Generator(ours, dtype="float32"), model.config.eos_token_id
@@ -72,7 +82,7 @@ def certify_transformers(folder, model, tokenizer, dtype: str) -> dict:
             differences.append((ours(x).logits - theirs(x).logits).abs().max())
             (answer,) = engine.generate([ids], max_new_tokens=NEW_TOKENS, temperature=0)
             generated = theirs.generate(
-                x, attention_mask=torch.ones_like(x), max_new_tokens=NEW_TOKENS, do_sample=False
+                input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=NEW_TOKENS, do_sample=False
             )
             alike += generated[0, len(ids) :].tolist() == answer.ids
     difference = torch.stack(differences).max().item()  # nan if one of them is
@@ -82,8 +92,8 @@ def certify_transformers(folder, model, tokenizer, dtype: str) -> dict:
         for text in TEXTS
     )
     return {
-        "target": type(theirs).__name__,
-        "runtime": f"transformers {transformers.__version__}",
+        "target": target,
+        "runtime": runtime,
         "weights": dtype,
         "computed_in": "float32",
         "max_logit_difference": difference,

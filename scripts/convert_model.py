@@ -3,11 +3,13 @@
     python scripts/convert_model.py hf --weight full_sft --to minimind-hf       # for transformers, vLLM, trl
     python scripts/convert_model.py hf --weight full_sft --lora_weight lora_identity --to merged-hf
     python scripts/convert_model.py native --folder minimind-hf --name imported # out/imported_512.pth
+    python scripts/convert_model.py peft --lora_weight lora_identity --base minimind-hf --to identity-peft
+    python scripts/convert_model.py lora --folder identity-peft --name back     # out/lora/back_512.pth
 
 hf writes a folder that transformers opens as Llama, Qwen3 or Qwen3-MoE, without code of ours. native reads
 such a folder, or a released checkpoint of one of these classes. The certificate (parity.json, or
 NAME.parity.json) says how far the logits are apart and whether greedy answers are the same, measured by
-loading the written files with transformers.
+loading the written files with transformers. peft and lora do the same for an adapter of --weight.
 """
 
 import argparse
@@ -24,7 +26,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="hf|native")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="hf|native|peft|lora")
     hf = kinds.add_parser("hf", help="weights of this project -> a transformers folder", allow_abbrev=False)
     hf.add_argument("--weight", default="full_sft", metavar="NAME", help="as in eval_llm.py, or a .pth file")
     hf.add_argument("--hidden_size", type=cli.positive_int, metavar="N", help="without it the newest file")
@@ -47,7 +49,21 @@ def parse_args(argv=None):
     native.add_argument("--folder", type=Path, required=True, metavar="DIR", help="with config.json")
     native.add_argument("--name", metavar="NAME", help="of the file NAME_WIDTH.pth, without it the folder's")
     native.add_argument("--save_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where to write")
-    for sub in (hf, native):
+    peft = kinds.add_parser("peft", help="an adapter -> a folder of peft", allow_abbrev=False)
+    peft.add_argument("--lora_weight", required=True, metavar="NAME", help="in out/lora, or a .pth file")
+    peft.add_argument("--base", type=Path, required=True, metavar="DIR", help="the base, written by hf")
+    peft.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write")
+    lora = kinds.add_parser("lora", help="a folder of peft -> an adapter", allow_abbrev=False)
+    lora.add_argument("--folder", type=Path, required=True, metavar="DIR", help="with adapter_config.json")
+    lora.add_argument(
+        "--name", metavar="NAME", help="of the file lora/NAME_WIDTH.pth, without it the folder's"
+    )
+    for sub in (peft, lora):
+        sub.add_argument("--weight", default="full_sft", metavar="NAME", help="the base, as for hf")
+        sub.add_argument("--hidden_size", type=cli.positive_int, metavar="N", help="without it the newest")
+        sub.add_argument("--use_moe", type=cli.switch, metavar="0|1", help="without it whichever is there")
+        sub.add_argument("--save_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where it is")
+    for sub in (hf, native, peft):
         sub.add_argument("--check", type=cli.switch, default=1, metavar="0|1", help="0 = no certificate")
     return parser.parse_args(argv)
 
@@ -107,6 +123,55 @@ def to_native(args):
     finish(certificate, path.with_suffix(".parity.json"))
 
 
+def to_peft(args):
+    import eval_llm
+    from scripts.certificate import certify_transformers
+    from scripts.convert_peft import write_peft_folder
+    from trainer import checkpoint
+
+    args.preset = None
+    path = eval_llm.find_weights(args)
+    tokenizer = checkpoint.load_tokenizer()
+    model, metadata = checkpoint.load_model(path, tokenizer)
+    adapter = checkpoint.find_adapter(args, model.config, args.lora_weight)
+    state, settings, _ = checkpoint.read_adapter(adapter)
+    for note in checkpoint.merge_adapters(model, args.lora_weight, path.parent, metadata):
+        print(note)
+    write_peft_folder(state, settings, model.config.num_hidden_layers, args.base, args.to)
+    print(f"wrote {checkpoint.shown(args.to)} from {checkpoint.shown(adapter)}")
+    certificate = {"checked": "not checked: --check 0"}
+    if args.check:
+        certificate = certify_transformers(args.base, model, tokenizer, "float32", adapter=args.to)
+    finish(certificate, args.to / "parity.json")
+
+
+def to_lora(args):
+    import eval_llm
+    from model.model_lora import apply_lora
+    from scripts.convert_peft import read_peft_folder
+    from trainer import checkpoint
+
+    args.preset = None
+    path = eval_llm.find_weights(args)
+    model, metadata = checkpoint.load_model(path)
+    state, settings = read_peft_folder(args.folder)
+    checkpoint.require_finite_file(state, args.folder)
+    try:
+        apply_lora(model, state, settings)
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{checkpoint.shown(args.folder)}: {error}") from None
+    tail = "_moe" if model.config.use_moe else ""
+    name = f"{args.name or args.folder.resolve().name}_{model.config.hidden_size}{tail}.pth"
+    target = args.save_dir / "lora" / name
+    if target.exists():
+        raise checkpoint.CheckpointError(f"{checkpoint.shown(target)} exists already: give another --name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    parent = {"weight": metadata.get("stage"), "step": metadata.get("step"), "crc32": metadata.get("crc32")}
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    checkpoint.save_adapter(settings, model, target, {"stage": "lora", "parent": parent}, dtype)
+    print(f"wrote {checkpoint.shown(target)}, {len(state)} tensors for {checkpoint.shown(path)}")
+
+
 def finish(certificate: dict, path: Path):
     from scripts.convert_hf import write_json
     from trainer.checkpoint import CheckpointError, shown
@@ -120,7 +185,7 @@ def finish(certificate: dict, path: Path):
 
 
 def main(args):
-    {"hf": to_hf, "native": to_native}[args.kind](args)
+    {"hf": to_hf, "native": to_native, "peft": to_peft, "lora": to_lora}[args.kind](args)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from model.model_lora import LoRAConfig, add_lora, lora_state
 from model.model_minimind import MiniMindConfig, MiniMindLM
 from scripts import convert_hf, convert_model
 from scripts.certificate import certify_transformers
+from scripts.convert_peft import write_peft_folder
 from trainer import checkpoint, cli
 
 SHAPE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -170,24 +171,115 @@ def test_without_a_tokenizer_nothing_is_certified(tmp_path):
     assert "not checked" in certificate["checked"] and "passed" not in certificate
 
 
+def save_lora(folder, name="lora_a", **settings):
+    """Random weights of a base and of an adapter for them."""
+    model, config = random_model(qk_norm=True), LoRAConfig(rank=4, **settings)
+    save(model, folder)
+    add_lora(model, config)
+    with torch.no_grad():
+        for tensor in lora_state(model).values():
+            tensor += 0.05 * torch.randn_like(tensor)
+    (folder / "lora").mkdir()
+    path = folder / "lora" / f"{name}_64.pth"
+    checkpoint.save_adapter(config, model, path, {"stage": "lora"})
+    return path
+
+
 def test_adapters_are_merged(tmp_path):
-    model = random_model(qk_norm=True)
-    save(model, tmp_path)
-    (tmp_path / "lora").mkdir()
-    add_lora(model, LoRAConfig(rank=4))
-    state = {name: torch.randn_like(t) * 0.1 for name, t in lora_state(model).items()}
-    checkpoint.save_weights(
-        model,
-        tmp_path / "lora" / "lora_a_64.pth",
-        {"lora": {"rank": 4, "alpha": 4.0}},
-        state=state,
-    )
+    save_lora(tmp_path)
     convert("hf", "--save_dir", tmp_path, "--to", tmp_path / "hf", "--lora_weight", "lora_a")
     merged = load_file(tmp_path / "hf" / "model.safetensors")
     base, _ = checkpoint.read_weights(tmp_path / "full_sft_64.pth")
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(merged[name], base[name])
     assert json.loads((tmp_path / "hf" / "parity.json").read_text())["passed"]
+
+
+LORA = {
+    "lora": {},
+    "rslora": dict(rslora=True, alpha=7.0),
+    "dora": dict(dora=True),
+    "some": dict(targets=("q_proj", "model.layers.1.mlp.up_proj")),
+}
+
+
+@pytest.mark.parametrize("kind", LORA)
+def test_an_adapter_goes_to_peft_and_back(tmp_path, kind):
+    path, where = save_lora(tmp_path, **LORA[kind]), ("--save_dir", tmp_path)
+    convert("hf", *where, "--to", tmp_path / "hf", "--check", 0)
+    convert("peft", *where, "--lora_weight", "lora_a", "--base", tmp_path / "hf", "--to", tmp_path / "peft")
+    certificate = json.loads((tmp_path / "peft" / "parity.json").read_text())
+    assert certificate["passed"] and certificate["max_logit_difference"] < 1e-4, certificate
+    assert "peft" in certificate["runtime"]
+    convert("lora", *where, "--folder", tmp_path / "peft", "--name", "back")
+    first, config, _ = checkpoint.read_adapter(path)
+    second, config_back, _ = checkpoint.read_adapter(tmp_path / "lora" / "back_64.pth")
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    fields = ("rank", "alpha", "dropout", "rslora", "dora")
+    assert all(getattr(config, name) == getattr(config_back, name) for name in fields)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_peft_wrote_is_read(tmp_path, dora):
+    import peft
+
+    save(random_model(qk_norm=True), tmp_path)
+    convert("hf", "--save_dir", tmp_path, "--to", tmp_path / "hf", "--check", 0)
+    settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], use_dora=dora)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), settings).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p += 0.1 * torch.randn_like(p)
+    theirs.save_pretrained(tmp_path / "peft")
+    convert("lora", "--save_dir", tmp_path, "--folder", tmp_path / "peft", "--name", "theirs")
+    model, metadata = checkpoint.load_model(tmp_path / "full_sft_64.pth")
+    x = torch.randint(0, 6400, (2, 20))
+    before = model(x).logits
+    checkpoint.merge_adapters(model, "theirs", tmp_path, metadata)
+    with torch.inference_mode():
+        ours, expected = model(x).logits, theirs(x).logits
+    assert (ours - expected).abs().max() < 1e-4 < (before - expected).abs().max()
+
+
+def test_adapters_that_do_not_fit(tmp_path, capsys):
+    save_lora(tmp_path)
+    where = ("--save_dir", tmp_path)
+    convert("hf", *where, "--to", tmp_path / "hf", "--check", 0)
+    to_peft = ("peft", *where, "--base", tmp_path / "hf", "--lora_weight")
+    convert(*to_peft, "lora_a", "--to", tmp_path / "peft", "--check", 0)
+    assert "does not exist" in refused(capsys, *to_peft, "lora_b", "--to", tmp_path / "x")
+    assert "exists already" in refused(capsys, *to_peft, "lora_a", "--to", tmp_path / "peft")
+    back = ("lora", *where, "--folder", tmp_path / "peft")
+    config, weights = (
+        tmp_path / "peft" / "adapter_config.json",
+        tmp_path / "peft" / "adapter_model.safetensors",
+    )
+    good, whole = json.loads(config.read_text()), load_file(weights)
+    for change, says in (
+        ({"peft_type": "IA3"}, "only LORA"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"r": 5}, "has the shapes"),
+        ({"r": None}, "not complete"),
+    ):
+        config.write_text(json.dumps(good | change))
+        assert says in refused(capsys, *back)
+    config.write_text(json.dumps(good))
+    save_file({"base_model.model.lm_head.weight": torch.zeros(2)}, weights)
+    assert "is no part of LoRA" in refused(capsys, *back)
+    name = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(4, 64)}, weights)
+    assert "model.layers.7.self_attn.q_proj, which this model does not have" in refused(capsys, *back)
+    save_file(whole, weights)
+    assert not list((tmp_path / "lora").glob("peft*"))
+    model = random_model(qk_norm=True, **MOE)
+    config = LoRAConfig(rank=2, targets=("experts.0.up_proj",))
+    add_lora(model, config)
+    state = lora_state(model)
+    with pytest.raises(checkpoint.CheckpointError, match="experts in one block"):
+        write_peft_folder(state, config, 2, tmp_path / "hf", tmp_path / "moe")
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):
