@@ -77,7 +77,7 @@ def read_peft_folder(folder: Path):
     content = read_json(folder / "adapter_config.json")
     if content.get("peft_type") != "LORA":
         kind = content.get("peft_type")
-        raise CheckpointError(f"{shown(folder)}: peft_type {kind!r}: only LORA is read")
+        raise CheckpointError(f"{shown(folder)}: peft_type is {kind!r}, and only LORA is read")
     for name, plain in PLAIN.items():
         if name in content and content[name] not in plain:
             raise CheckpointError(f"{shown(folder)}: {name} = {content[name]!r} is not possible here")
