@@ -70,8 +70,8 @@ def write_peft_folder(state: dict, settings, num_layers: int, base: Path, folder
 
 
 def read_peft_folder(folder: Path):
-    """(tensors as in a file of adapters, LoRAConfig) of a folder of peft. Raises CheckpointError when it holds
-    something that is not possible here."""
+    """(tensors as in a file of adapters, LoRAConfig) of a folder of peft. Raises CheckpointError when it
+    holds something that is not possible here."""
     from model.model_lora import LoRAConfig
 
     content = read_json(folder / "adapter_config.json")
