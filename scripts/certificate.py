@@ -5,6 +5,12 @@ checked", and why.
 """
 
 import copy
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 PROMPTS = (
     "中国的首都是",
@@ -102,4 +108,46 @@ def certify_transformers(folder, model, tokenizer, dtype: str, adapter=None) -> 
         "eos_token_id": eos,
         "texts_with_identical_token_ids": f"{same_ids} of {len(TEXTS)}",
         "passed": difference < 1e-3 and alike == len(PROMPTS) and same_ids == len(TEXTS),
+    }
+
+
+def certify_gguf(path: Path, model, tokenizer, kind: str) -> dict:
+    """The certificate of a GGUF file, by llama.cpp in the npm package node-llama-cpp, where NODE_PATH has it.
+    Matrices of 8 bits are compared with the original in float32, so only the first token of an answer counts
+    then."""
+    from model.generation import Generator
+
+    places = [Path(place) / "node-llama-cpp" for place in os.environ.get("NODE_PATH", "").split(os.pathsep)]
+    package = next((place for place in places if (place / "dist" / "index.js").exists()), None)
+    if package is None or shutil.which("node") is None:
+        return {"checked": "not checked: NODE_PATH has no node-llama-cpp (npm install node-llama-cpp)"}
+    dtype = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float32"}[kind]
+    prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in PROMPTS]
+    with tempfile.TemporaryDirectory() as folder:
+        questions = Path(folder) / "questions.json"
+        questions.write_text(json.dumps({"texts": TEXTS, "prompts": prompts, "length": NEW_TOKENS}))
+        script = Path(__file__).with_name("gguf_answers.mjs")
+        command = ["node", str(script), str(package), str(Path(path).resolve()), str(questions)]
+        ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    if ran.returncode:
+        return {"checked": f"llama.cpp failed: {ran.stderr.strip()[-300:]}", "passed": False}
+    found = json.loads(ran.stdout.strip().splitlines()[-1])
+    engine = Generator(rounded(model, dtype), dtype="float32")
+    ours = engine.generate(prompts, max_new_tokens=NEW_TOKENS, temperature=0)
+    alike = sum(answer.ids == theirs for answer, theirs in zip(ours, found["answers"], strict=True))
+    first = sum(answer.ids[:1] == theirs[:1] for answer, theirs in zip(ours, found["answers"]))
+    same_ids = sum(
+        tokenizer(text, add_special_tokens=False).input_ids == ids
+        for text, ids in zip(TEXTS, found["ids"], strict=True)
+    )
+    enough = alike if kind == "f32" else first
+    return {
+        "target": "llama.cpp",
+        "runtime": f"node-llama-cpp {found['version']}",
+        "weights": kind,
+        "greedy_answers_identical": f"{alike} of {len(PROMPTS)}",
+        "first_tokens_identical": f"{first} of {len(PROMPTS)}",
+        "greedy_tokens": NEW_TOKENS,
+        "texts_with_identical_token_ids": f"{same_ids} of {len(TEXTS)}",
+        "passed": enough >= (1.0 if kind == "f32" else 0.95) * len(PROMPTS) and same_ids == len(TEXTS),
     }

@@ -3,13 +3,15 @@
     python scripts/convert_model.py hf --weight full_sft --to minimind-hf       # for transformers, vLLM, trl
     python scripts/convert_model.py hf --weight full_sft --lora_weight lora_identity --to merged-hf
     python scripts/convert_model.py native --folder minimind-hf --name imported # out/imported_512.pth
+    python scripts/convert_model.py gguf --weight full_sft --to minimind.gguf --dtype q8_0
     python scripts/convert_model.py peft --lora_weight lora_identity --base minimind-hf --to identity-peft
     python scripts/convert_model.py lora --folder identity-peft --name back     # out/lora/back_512.pth
 
-hf writes a folder that transformers opens as Llama, Qwen3 or Qwen3-MoE, without code of ours. native reads
-such a folder, or a released checkpoint of one of these classes. The certificate (parity.json, or
+hf writes a folder that transformers opens as Llama, Qwen3 or Qwen3-MoE, without code of ours; gguf a file for
+llama.cpp, Ollama and what is built on them. native reads such a folder, or a released checkpoint of one of
+these classes. peft and lora do the same for an adapter of --weight. The certificate (parity.json, or
 NAME.parity.json) says how far the logits are apart and whether greedy answers are the same, measured by
-loading the written files with transformers. peft and lora do the same for an adapter of --weight.
+loading the written files with the target's own runtime.
 """
 
 import argparse
@@ -26,7 +28,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="hf|native|peft|lora")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="hf|gguf|native|peft|lora")
     hf = kinds.add_parser("hf", help="weights of this project -> a transformers folder", allow_abbrev=False)
     hf.add_argument("--weight", default="full_sft", metavar="NAME", help="as in eval_llm.py, or a .pth file")
     hf.add_argument("--hidden_size", type=cli.positive_int, metavar="N", help="without it the newest file")
@@ -49,6 +51,15 @@ def parse_args(argv=None):
     native.add_argument("--folder", type=Path, required=True, metavar="DIR", help="with config.json")
     native.add_argument("--name", metavar="NAME", help="of the file NAME_WIDTH.pth, without it the folder's")
     native.add_argument("--save_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where to write")
+    gguf = kinds.add_parser("gguf", help="weights of this project -> a GGUF file", allow_abbrev=False)
+    gguf.add_argument("--lora_weight", default="None", metavar="NAMES", help="adapters to merge: a:0.5,b")
+    gguf.add_argument(
+        "--tokenizer", type=Path, default=ROOT / "model", metavar="DIR", help="folder of tokenizer.json"
+    )
+    gguf.add_argument("--to", type=Path, required=True, metavar="FILE", help="file to write, .gguf")
+    gguf.add_argument(
+        "--dtype", choices=("f32", "f16", "bf16", "q8_0"), default="f16", help="of the matrices in it"
+    )
     peft = kinds.add_parser("peft", help="an adapter -> a folder of peft", allow_abbrev=False)
     peft.add_argument("--lora_weight", required=True, metavar="NAME", help="in out/lora, or a .pth file")
     peft.add_argument("--base", type=Path, required=True, metavar="DIR", help="the base, written by hf")
@@ -58,12 +69,12 @@ def parse_args(argv=None):
     lora.add_argument(
         "--name", metavar="NAME", help="of the file lora/NAME_WIDTH.pth, without it the folder's"
     )
-    for sub in (peft, lora):
+    for sub in (gguf, peft, lora):
         sub.add_argument("--weight", default="full_sft", metavar="NAME", help="the base, as for hf")
         sub.add_argument("--hidden_size", type=cli.positive_int, metavar="N", help="without it the newest")
         sub.add_argument("--use_moe", type=cli.switch, metavar="0|1", help="without it whichever is there")
         sub.add_argument("--save_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where it is")
-    for sub in (hf, native, peft):
+    for sub in (hf, gguf, native, peft):
         sub.add_argument("--check", type=cli.switch, default=1, metavar="0|1", help="0 = no certificate")
     return parser.parse_args(argv)
 
@@ -88,6 +99,27 @@ def to_hf(args):
     if args.check:
         certificate = certify_transformers(args.to, model, tokenizer, args.dtype)
     finish(certificate, args.to / "parity.json")
+
+
+def to_gguf(args):
+    import eval_llm
+    from scripts.certificate import certify_gguf
+    from scripts.convert_gguf import write_gguf
+    from trainer import checkpoint
+
+    args.preset = None
+    path = eval_llm.find_weights(args)
+    tokenizer = eval_llm.load_tokenizer(args.tokenizer)
+    model, metadata = checkpoint.load_model(path, tokenizer)
+    if args.lora_weight not in ("None", "none", ""):
+        for note in checkpoint.merge_adapters(model, args.lora_weight, path.parent, metadata):
+            print(note)
+    write_gguf(model, args.tokenizer, args.to, args.dtype, args.to.stem)
+    print(f"wrote {checkpoint.shown(args.to)} ({args.to.stat().st_size / 2**20:.1f} MB)")
+    certificate = {"checked": "not checked: --check 0"}
+    if args.check:
+        certificate = certify_gguf(args.to, model, tokenizer, args.dtype)
+    finish(certificate, args.to.with_suffix(".parity.json"))
 
 
 def to_native(args):
@@ -185,7 +217,7 @@ def finish(certificate: dict, path: Path):
 
 
 def main(args):
-    {"hf": to_hf, "native": to_native, "peft": to_peft, "lora": to_lora}[args.kind](args)
+    {"hf": to_hf, "gguf": to_gguf, "native": to_native, "peft": to_peft, "lora": to_lora}[args.kind](args)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from model.model_lora import LoRAConfig, add_lora, lora_state
 from model.model_minimind import MiniMindConfig, MiniMindLM
 from scripts import convert_hf, convert_model
 from scripts.certificate import certify_transformers
+from scripts.convert_gguf import write_gguf
 from scripts.convert_peft import write_peft_folder
 from trainer import checkpoint, cli
 
@@ -169,6 +170,108 @@ def test_without_a_tokenizer_nothing_is_certified(tmp_path):
     convert("native", "--folder", tmp_path / "theirs", "--save_dir", tmp_path)
     certificate = json.loads((tmp_path / "theirs_64.parity.json").read_text())
     assert "not checked" in certificate["checked"] and "passed" not in certificate
+
+
+def read_gguf(path):
+    """(settings, tensors as float32) of a GGUF file, read by the package gguf."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    settings = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {
+        t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors
+    }
+    return settings, tensors
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "moe", "untied"])
+def test_a_gguf_file_holds_the_model(tmp_path, kind):
+    model = random_model(**KINDS[kind][1])
+    save(model, tmp_path)
+    convert("gguf", "--save_dir", tmp_path, "--to", tmp_path / "m.gguf", "--dtype", "f32", "--check", 0)
+    settings, tensors = read_gguf(tmp_path / "m.gguf")
+    config, state = model.config, model.state_dict()
+    architecture = {"llama": "llama", "moe": "qwen3moe"}.get(kind, "qwen3")
+    assert settings["general.architecture"] == architecture
+    expected = {
+        "context_length": 512,
+        "embedding_length": 64,
+        "block_count": 2,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.key_length": config.head_dim,
+        "rope.freq_base": 1e6,
+    }
+    assert {name: settings[f"{architecture}.{name}"] for name in expected} == expected
+    assert settings[f"{architecture}.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    tokenizer = checkpoint.load_tokenizer()
+    assert settings["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(6400))
+    assert settings["tokenizer.ggml.pre"] == "qwen2" and not settings["tokenizer.ggml.add_bos_token"]
+    assert [settings[f"tokenizer.ggml.{n}_token_id"] for n in ("bos", "eos", "padding")] == [1, 2, 0]
+    assert settings["tokenizer.chat_template"] == tokenizer.chat_template
+    assert torch.equal(tensors["token_embd.weight"], state["model.embed_tokens.weight"])
+    assert ("output.weight" in tensors) == (kind == "untied")
+    q, theirs = state["model.layers.1.self_attn.q_proj.weight"], tensors["blk.1.attn_q.weight"]
+    if kind == "llama":  # numbers 0 and 8 of a head of 16 turn together: there they are 0 and 1
+        assert torch.equal(theirs[16:20], q[[16, 24, 17, 25]])
+    else:
+        assert torch.equal(theirs, q)
+    if kind == "moe":
+        up = torch.stack([state[f"model.layers.0.mlp.experts.{e}.up_proj.weight"] for e in range(4)])
+        assert torch.equal(tensors["blk.0.ffn_up_exps.weight"], up)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    assert count == sum(p.numel() for p in model.parameters())
+
+
+def test_types_of_a_gguf_file(tmp_path):
+    model = random_model(qk_norm=True, intermediate_size=112)
+    save(model, tmp_path)
+    matrix, sizes = model.state_dict()["model.layers.0.mlp.up_proj.weight"], {}
+    for dtype, off in (("f32", 0), ("bf16", 2**-8), ("f16", 2**-11), ("q8_0", 1 / 100)):
+        path = tmp_path / f"{dtype}.gguf"
+        convert("gguf", "--save_dir", tmp_path, "--to", path, "--dtype", dtype, "--check", 0)
+        _, tensors = read_gguf(path)
+        assert (tensors["blk.0.ffn_up.weight"] - matrix).abs().max() <= off * matrix.abs().max()
+        assert torch.equal(tensors["output_norm.weight"], model.model.norm.weight.detach())
+        sizes[dtype] = path.stat().st_size
+    assert sizes["q8_0"] < sizes["f16"] == sizes["bf16"] < sizes["f32"]
+
+
+def test_without_llama_cpp_a_gguf_file_is_not_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("NODE_PATH", raising=False)
+    save(random_model(), tmp_path)
+    to_gguf = ("gguf", "--save_dir", tmp_path, "--to")
+    convert(*to_gguf, tmp_path / "m.gguf")
+    certificate = json.loads((tmp_path / "m.parity.json").read_text())
+    assert "not checked" in certificate["checked"] and "passed" not in certificate
+    assert "exists already" in refused(capsys, *to_gguf, tmp_path / "m.gguf")
+    for fields, says in (
+        (dict(inference_rope_scaling=True), "YaRN"),
+        (dict(qk_norm=True, **MOE, norm_topk_prob=False), "normalises"),
+    ):
+        save(random_model(**fields), tmp_path, "odd")
+        assert says in refused(capsys, *to_gguf, tmp_path / "x.gguf", "--weight", "odd")
+        for file in tmp_path.glob("odd*"):
+            file.unlink()
+    tokenizer = json.loads((convert_model.ROOT / "model" / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["normalizer"] = {"type": "NFC"}
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(checkpoint.CheckpointError, match="has no name for the way"):
+        write_gguf(random_model(), tmp_path / "tokenizer", tmp_path / "x.gguf", "f32", "x")
+    assert not list(tmp_path.glob("x.gguf*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "moe", "untied", "theta"])
+def test_llama_cpp_answers_alike(tmp_path, kind):
+    """Needs NODE_PATH with the npm package node-llama-cpp."""
+    save(random_model(**KINDS[kind][1]), tmp_path)
+    convert("gguf", "--save_dir", tmp_path, "--to", tmp_path / "m.gguf", "--dtype", "f32")
+    certificate = json.loads((tmp_path / "m.parity.json").read_text())
+    if "checked" in certificate:
+        pytest.skip(certificate["checked"])
+    assert certificate["passed"] and certificate["greedy_answers_identical"] == "20 of 20"
 
 
 def save_lora(folder, name="lora_a", **settings):
