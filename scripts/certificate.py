@@ -45,6 +45,7 @@ TEXTS = (
     "I'll we've don't THEY'RE",
 )
 NEW_TOKENS = 32
+LOGITS = 1e-4  # how far they may be apart in float32
 
 
 def rounded(model, dtype: str):
@@ -107,14 +108,14 @@ def certify_transformers(folder, model, tokenizer, dtype: str, adapter=None) -> 
         "greedy_tokens": NEW_TOKENS,
         "eos_token_id": eos,
         "texts_with_identical_token_ids": f"{same_ids} of {len(TEXTS)}",
-        "passed": difference < 1e-3 and alike == len(PROMPTS) and same_ids == len(TEXTS),
+        "passed": difference < LOGITS and alike == len(PROMPTS) and same_ids == len(TEXTS),
     }
 
 
 def certify_gguf(path: Path, model, tokenizer, kind: str) -> dict:
     """The certificate of a GGUF file, by llama.cpp in the npm package node-llama-cpp, where NODE_PATH has it.
-    Matrices of 8 bits are compared with the original in float32, so only the first token of an answer counts
-    then."""
+    In f32 whole answers count. In the other types llama.cpp also rounds on the way, so first tokens do; those
+    of q8_0 are compared with the original weights."""
     from model.generation import Generator
 
     places = [Path(place) / "node-llama-cpp" for place in os.environ.get("NODE_PATH", "").split(os.pathsep)]
@@ -128,7 +129,10 @@ def certify_gguf(path: Path, model, tokenizer, kind: str) -> dict:
         questions.write_text(json.dumps({"texts": TEXTS, "prompts": prompts, "length": NEW_TOKENS}))
         script = Path(__file__).with_name("gguf_answers.mjs")
         command = ["node", str(script), str(package), str(Path(path).resolve()), str(questions)]
-        ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600)
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600)
+        except subprocess.TimeoutExpired:
+            return {"checked": "not checked: llama.cpp was not done within 600 seconds"}
     if ran.returncode:
         return {"checked": f"llama.cpp failed: {ran.stderr.strip()[-300:]}", "passed": False}
     found = json.loads(ran.stdout.strip().splitlines()[-1])

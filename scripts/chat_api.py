@@ -122,6 +122,23 @@ class Printer:
         if kind in ("reasoning", "content", "call", "result"):
             self.kind = kind
 
+    def play(self, pieces, what_went_wrong) -> bool:
+        """Show an answer to its end, or until Ctrl-C or an error, which what_went_wrong puts into a sentence.
+        False after an error."""
+        print("🧠: ", end="", flush=True)
+        try:
+            for kind, value in pieces:
+                self.show(kind, value)
+            self.finish()
+        except KeyboardInterrupt:
+            pieces.close()
+            self.finish(" [stopped]")
+        except Exception as error:
+            self.finish()
+            eval_llm.say(f"error: {what_went_wrong(error)}")
+            return False
+        return True
+
     def finish(self, note: str = ""):
         print(f"{self.plain}{note}\n", flush=True)
 
@@ -140,7 +157,7 @@ class Talk:
 
     def ask(self, prompt: str) -> bool:
         """Print the answer as it comes. False when it is none, or not whole."""
-        args, whole = self.args, True
+        args = self.args
         settings = dict(
             max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
         )
@@ -153,20 +170,8 @@ class Talk:
         begin = len(messages) - 1
         thinking = None if args.open_thinking is None else bool(args.open_thinking)
         speak = remote(self.client, self.model, settings, thinking)
-        printer, pieces = Printer(), converse(speak, messages, self.tools, args.rounds)
-        print("🧠: ", end="", flush=True)
-        try:
-            for kind, value in pieces:
-                printer.show(kind, value)
-        except KeyboardInterrupt:
-            pieces.close()
-            printer.finish(" [stopped]")
-        except Exception as error:
-            printer.finish()
-            eval_llm.say(f"error: {explain(error, args.base_url)}")
-            whole = False
-        else:
-            printer.finish()
+        pieces = converse(speak, messages, self.tools, args.rounds)
+        whole = Printer().play(pieces, lambda error: explain(error, args.base_url))
         if len(messages) > begin + 1:
             self.history += messages[begin:]
         return whole

@@ -23,6 +23,8 @@ sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
 
 from trainer import cli
 
+UNCHECKED = {"checked": "not checked: --check 0"}
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
@@ -30,16 +32,6 @@ def parse_args(argv=None):
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="hf|gguf|native|peft|lora")
     hf = kinds.add_parser("hf", help="weights of this project -> a transformers folder", allow_abbrev=False)
-    hf.add_argument("--weight", default="full_sft", metavar="NAME", help="as in eval_llm.py, or a .pth file")
-    hf.add_argument("--hidden_size", type=cli.positive_int, metavar="N", help="without it the newest file")
-    hf.add_argument("--use_moe", type=cli.switch, metavar="0|1", help="without it whichever is there")
-    hf.add_argument(
-        "--save_dir", type=Path, default=ROOT / "out", metavar="DIR", help="folder of the weights"
-    )
-    hf.add_argument("--lora_weight", default="None", metavar="NAMES", help="adapters to merge: a:0.5,b")
-    hf.add_argument(
-        "--tokenizer", type=Path, default=ROOT / "model", metavar="DIR", help="folder of tokenizer.json"
-    )
     hf.add_argument(
         "--inference_rope_scaling", type=cli.switch, default=0, metavar="0|1", help="1 = YaRN x16"
     )
@@ -52,10 +44,6 @@ def parse_args(argv=None):
     native.add_argument("--name", metavar="NAME", help="of the file NAME_WIDTH.pth, without it the folder's")
     native.add_argument("--save_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where to write")
     gguf = kinds.add_parser("gguf", help="weights of this project -> a GGUF file", allow_abbrev=False)
-    gguf.add_argument("--lora_weight", default="None", metavar="NAMES", help="adapters to merge: a:0.5,b")
-    gguf.add_argument(
-        "--tokenizer", type=Path, default=ROOT / "model", metavar="DIR", help="folder of tokenizer.json"
-    )
     gguf.add_argument("--to", type=Path, required=True, metavar="FILE", help="file to write, .gguf")
     gguf.add_argument(
         "--dtype", choices=("f32", "f16", "bf16", "q8_0"), default="f16", help="of the matrices in it"
@@ -69,56 +57,71 @@ def parse_args(argv=None):
     lora.add_argument(
         "--name", metavar="NAME", help="of the file lora/NAME_WIDTH.pth, without it the folder's"
     )
-    for sub in (gguf, peft, lora):
-        sub.add_argument("--weight", default="full_sft", metavar="NAME", help="the base, as for hf")
-        sub.add_argument("--hidden_size", type=cli.positive_int, metavar="N", help="without it the newest")
-        sub.add_argument("--use_moe", type=cli.switch, metavar="0|1", help="without it whichever is there")
-        sub.add_argument("--save_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where it is")
+    for sub in (hf, gguf, peft, lora):
+        g = sub.add_argument_group("weights of this project")
+        g.add_argument(
+            "--weight", default="full_sft", metavar="NAME", help="as in eval_llm.py, or a .pth file"
+        )
+        g.add_argument("--hidden_size", type=cli.positive_int, metavar="N", help="without it the newest file")
+        g.add_argument("--use_moe", type=cli.switch, metavar="0|1", help="without it whichever is there")
+        g.add_argument("--save_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where they are")
+        g.add_argument(
+            "--tokenizer", type=Path, default=ROOT / "model", metavar="DIR", help="folder of tokenizer.json"
+        )
+        if sub in (hf, gguf):
+            g.add_argument(
+                "--lora_weight", default="None", metavar="NAMES", help="adapters to merge: a:0.5,b"
+            )
     for sub in (hf, gguf, native, peft):
         sub.add_argument("--check", type=cli.switch, default=1, metavar="0|1", help="0 = no certificate")
     return parser.parse_args(argv)
 
 
-def to_hf(args):
+def load(args, **overrides):
+    """(path, model, metadata, tokenizer) of the weights that the flags name, without adapters."""
     import eval_llm
-    from scripts.certificate import certify_transformers
-    from scripts.convert_hf import write_folder
     from trainer import checkpoint
 
     args.preset = None
-    path = eval_llm.find_weights(args)
-    tokenizer = eval_llm.load_tokenizer(args.tokenizer)
-    overrides = {"inference_rope_scaling": True} if args.inference_rope_scaling else {}
-    model, metadata = checkpoint.load_model(path, tokenizer, **overrides)
-    if args.lora_weight not in ("None", "none", ""):
+    path, tokenizer = eval_llm.find_weights(args), eval_llm.load_tokenizer(args.tokenizer)
+    return path, *checkpoint.load_model(path, tokenizer, **overrides), tokenizer
+
+
+def merge(args, model, path, metadata):
+    import eval_llm
+    from trainer import checkpoint
+
+    if eval_llm.has_adapters(args):
         for note in checkpoint.merge_adapters(model, args.lora_weight, path.parent, metadata):
             print(note)
+
+
+def to_hf(args):
+    from scripts.certificate import certify_transformers
+    from scripts.convert_hf import write_folder
+    from trainer.checkpoint import shown
+
+    overrides = {"inference_rope_scaling": True} if args.inference_rope_scaling else {}
+    path, model, metadata, tokenizer = load(args, **overrides)
+    merge(args, model, path, metadata)
     write_folder(model, args.tokenizer, args.to, args.dtype)
-    print(f"wrote {checkpoint.shown(args.to)} from {checkpoint.shown(path)}")
-    certificate = {"weights": args.dtype, "checked": "not checked: --check 0"}
+    print(f"wrote {shown(args.to)} from {shown(path)}")
+    certificate = UNCHECKED
     if args.check:
         certificate = certify_transformers(args.to, model, tokenizer, args.dtype)
     finish(certificate, args.to / "parity.json")
 
 
 def to_gguf(args):
-    import eval_llm
     from scripts.certificate import certify_gguf
     from scripts.convert_gguf import write_gguf
-    from trainer import checkpoint
+    from trainer.checkpoint import shown
 
-    args.preset = None
-    path = eval_llm.find_weights(args)
-    tokenizer = eval_llm.load_tokenizer(args.tokenizer)
-    model, metadata = checkpoint.load_model(path, tokenizer)
-    if args.lora_weight not in ("None", "none", ""):
-        for note in checkpoint.merge_adapters(model, args.lora_weight, path.parent, metadata):
-            print(note)
+    path, model, metadata, tokenizer = load(args)
+    merge(args, model, path, metadata)
     write_gguf(model, args.tokenizer, args.to, args.dtype, args.to.stem)
-    print(f"wrote {checkpoint.shown(args.to)} ({args.to.stat().st_size / 2**20:.1f} MB)")
-    certificate = {"checked": "not checked: --check 0"}
-    if args.check:
-        certificate = certify_gguf(args.to, model, tokenizer, args.dtype)
+    print(f"wrote {shown(args.to)} ({args.to.stat().st_size / 2**20:.1f} MB) from {shown(path)}")
+    certificate = certify_gguf(args.to, model, tokenizer, args.dtype) if args.check else UNCHECKED
     finish(certificate, args.to.with_suffix(".parity.json"))
 
 
@@ -146,7 +149,7 @@ def to_native(args):
     if content.get("model_type") == "minimind":
         certificate = {"checked": "not checked: transformers has no class of this name, and no code is run"}
     elif not args.check:
-        certificate = {"checked": "not checked: --check 0"}
+        certificate = UNCHECKED
     elif tokenizer is None:
         certificate = {"checked": "not checked: there is no tokenizer.json in the folder"}
     else:
@@ -156,36 +159,28 @@ def to_native(args):
 
 
 def to_peft(args):
-    import eval_llm
     from scripts.certificate import certify_transformers
     from scripts.convert_peft import write_peft_folder
     from trainer import checkpoint
 
-    args.preset = None
-    path = eval_llm.find_weights(args)
-    tokenizer = checkpoint.load_tokenizer()
-    model, metadata = checkpoint.load_model(path, tokenizer)
+    path, model, metadata, tokenizer = load(args)
     adapter = checkpoint.find_adapter(args, model.config, args.lora_weight)
     state, settings, _ = checkpoint.read_adapter(adapter)
-    for note in checkpoint.merge_adapters(model, args.lora_weight, path.parent, metadata):
-        print(note)
+    merge(args, model, path, metadata)
     write_peft_folder(state, settings, model.config.num_hidden_layers, args.base, args.to)
     print(f"wrote {checkpoint.shown(args.to)} from {checkpoint.shown(adapter)}")
-    certificate = {"checked": "not checked: --check 0"}
+    certificate = UNCHECKED
     if args.check:
         certificate = certify_transformers(args.base, model, tokenizer, "float32", adapter=args.to)
     finish(certificate, args.to / "parity.json")
 
 
 def to_lora(args):
-    import eval_llm
     from model.model_lora import apply_lora
     from scripts.convert_peft import read_peft_folder
     from trainer import checkpoint
 
-    args.preset = None
-    path = eval_llm.find_weights(args)
-    model, metadata = checkpoint.load_model(path)
+    path, model, metadata, _ = load(args)
     state, settings = read_peft_folder(args.folder)
     checkpoint.require_finite_file(state, args.folder)
     try:

@@ -200,18 +200,8 @@ def ask_yourself(speak, args):
         if question in ("", "/exit"):
             return None
         messages = [*recent(history, HISTORY), {"role": "user", "content": question}]
-        printer, pieces = Printer(), converse(speak, messages, list(TOOLS.values()), args.rounds)
-        print("🧠: ", end="", flush=True)
-        try:
-            for kind, value in pieces:
-                printer.show(kind, value)
-            printer.finish()
-        except KeyboardInterrupt:
-            pieces.close()
-            printer.finish(" [stopped]")
-        except Exception as error:
-            printer.finish()
-            eval_llm.say(f"error: {what_went_wrong(error, args)}")
+        pieces = converse(speak, messages, list(TOOLS.values()), args.rounds)
+        Printer().play(pieces, lambda error: what_went_wrong(error, args))
         history = messages if len(messages) > 1 and messages[-1]["role"] != "user" else history
 
 
