@@ -687,7 +687,8 @@ def save(model, optimizers, args, rt, run: dict, log, path=None, write=None, tra
         return
     model = bare(model)
     path = path or weight_path(args, model.config)
-    (write or save_weights)(model, path, {**run, "step": log.done, "metrics": log.latest}, args.save_dtype)
+    now = {"step": log.done, "metrics": log.latest, "sittings": log.sittings}
+    (write or save_weights)(model, path, {**run, **now}, args.save_dtype)
     kept = [(n, p) for n, p in model.named_parameters() if p.requires_grad or not trainable_only]
     content = {
         "format": FORMAT,

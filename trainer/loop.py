@@ -122,7 +122,8 @@ class Run:
         about = checkpoint.describe(self.stage, args, self.tokenizer, self.data, total_steps, self.parent)
         written = self.weight_path(args, runtime.bare(model).config)
         progress.announce(args, rt, model, about, self.path, self.train, self.val, written, self.other_bytes)
-        log = self.log = progress.Progress(args, rt, model, about)
+        read = progress.describe_data(self.path, self.train) if rt.is_main else None
+        log = self.log = progress.Progress(args, rt, model, about, read)
         log.start(checkpoint.restore(self.saved, model, optimizers, rt, log))
         log.log(**first)
         log.catch_up(made)

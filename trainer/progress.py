@@ -8,6 +8,7 @@ processes since the line before; the device is waited for when a line is written
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from trainer import runtime
+from trainer import energy, runtime
 from trainer.checkpoint import resume_path, shown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Progress:
     """The log of one run. All processes hold one and call the same methods; the first one writes."""
 
-    def __init__(self, args, rt, model, run: dict):
+    def __init__(self, args, rt, model, run: dict, data: dict | None = None):
         from model.model_minimind import count_parameters, flops_per_token
 
         self.args, self.rt, self.total_steps = args, rt, run["total_steps"]
@@ -40,6 +41,9 @@ class Progress:
         self.done = 0  # finished optimizer steps of the run
         self.tokens = 0  # consumed by the run, over all processes, without padding
         self.seconds = 0.0  # that earlier sittings of this run took
+        self.joules = 0.0  # where the hardware counts them, over all processes
+        self.data, self.parameters = data, sum(p.numel() for p in runtime.bare(model).parameters())
+        self.sittings: list = []  # what `describe_run` said of every start of this run, without the arguments
         self.latest: dict = {}  # the newest value of every metric
         self.first: dict = {}  # of the held-out metrics: the value before the first step
         self.sums: dict = {}  # since the last line: name -> [sum, count]
@@ -53,6 +57,7 @@ class Progress:
         self.done = start_step
         self.peak_flops = runtime.peak_flops(self.rt)
         self.begin = self.line_begin = time.perf_counter()
+        self.meter = energy.Meter(self.rt.device, counts_cpu=self.rt.local_rank == 0)
         if not self.rt.is_main:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +65,8 @@ class Progress:
         if start_step == self.total_steps:  # a finished run: its last validation will be written again
             lines = [x for x in lines if x["step"] != start_step or not any(n.startswith("val_") for n in x)]
         header = {"event": "resume" if start_step else "start", "step": start_step, **describe_run(self.args)}
+        header |= {"machine": runtime.describe(self.rt), "data": self.data, "parameters": self.parameters}
+        self.sittings.append({k: v for k, v in header.items() if k != "args"})
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text("".join(json.dumps(x) + "\n" for x in [*lines, header]), encoding="utf-8")
         os.replace(temporary, self.path)
@@ -80,12 +87,15 @@ class Progress:
     def state_dict(self) -> dict:
         """For the resume file: a continued run writes the lines of an uninterrupted one (but for times).
         All processes must call it: open sums are added up."""
+        self.count_energy()
         names = sorted(self.sums)
         sums = dict(zip(names, runtime.total([self.sums[name] for name in names], self.rt)))
         seconds = self.seconds + time.perf_counter() - self.begin
         return {
             "tokens": self.tokens,
             "seconds": seconds,
+            "joules": self.joules,
+            "sittings": self.sittings,
             "sums": sums,
             "run_id": self.run_id,
             "latest": self.latest,
@@ -94,6 +104,7 @@ class Progress:
 
     def load_state_dict(self, state: dict):
         self.tokens, self.seconds = state["tokens"], state["seconds"]
+        self.joules, self.sittings = state.get("joules", 0.0), list(state.get("sittings", []))
         self.run_id, self.latest, self.first = state["run_id"], state["latest"], state.get("first", {})
         mine = 1 if self.rt.is_main else 0  # the sums of all processes go on in the first one
         self.sums = {name: [total * mine, count * mine] for name, (total, count) in state["sums"].items()}
@@ -137,7 +148,13 @@ class Progress:
             total = total.detach() if hasattr(total, "detach") else total
             self.sums[name] = [old_total + total, old_count + count]
 
+    def count_energy(self):
+        joules = self.meter.used()
+        if joules is not None:
+            self.sums["joules"] = [self.sums.get("joules", (0, 0))[0] + joules, 1]
+
     def write_step(self, lr: float, grad_norm: float | None):
+        self.count_energy()
         names = sorted(self.sums)
         sums = dict(
             zip(names, runtime.total([self.sums[name] for name in names], self.rt))
@@ -145,6 +162,7 @@ class Progress:
         now = time.perf_counter()
         busy = max(now - self.line_begin - self.aside_seconds, 1e-9)
         num_tokens = int(sums.pop("num_tokens")[0])
+        self.joules += sums.pop("joules", (0.0, 0))[0]
         self.tokens += num_tokens
         rate = num_tokens / busy
         record = {"step": self.done, "total_steps": self.total_steps}
@@ -158,6 +176,7 @@ class Progress:
             "mfu": rate * self.flops_per_token / self.peak_flops if self.peak_flops else None,
             "memory_gb": runtime.peak_memory_gb(self.rt),
             "time_s": self.seconds + now - self.begin,
+            "energy_j": self.joules or None,
             "eta_min": (self.total_steps - self.done) * busy / self.steps_in_line / 60,
             "skipped": self.rt.skipped or None,
         }
@@ -229,6 +248,7 @@ FORMATS = {
 # Figures of reinforcement learning that stand in the file alone: a line in the terminal is for reading.
 FILE_ONLY = set(
     """advantage advantage_abs advantage_std advantage_max all_right all_wrong clip_low clip_high drift_k1 ess
+    energy_j
     groups_kept kl_k1 length_ended length_p95 mismatch mismatch_max ratio_max reward_var rollout_s score_s
     update_s sampled_tokens value_clip refused change first_visits prompt_entropy rho rho_floor tracker_n
     visits calls failed_calls tool_tokens""".split()
@@ -275,17 +295,56 @@ def describe_run(args) -> dict:
 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "started"}
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": typed_command(),
+        "folder": os.getcwd(),
         "args": settings,
         "commit": commit(),
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a TorchVersion is no plain value
             "transformers": transformers.__version__,
         },
         "platform": platform.platform(),
+        "processor": processor(),
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def describe_data(path, train) -> dict:
+    """What was read: the files as they were typed, the SHA-256 of each (None for a data set of the hub), rows
+    and tokens."""
+    whole = Path(path).exists()
+    files = [path] if whole else [part.strip() for part in str(path).split(",") if part.strip()]
+    tokens = getattr(train, "num_tokens", None) or round(train.tokens_per_row * len(train))
+    known = [cache.meta["key"]["content"] for cache in getattr(train, "caches", [])]  # "name:..." = no file
+    if len(known) != len(files):
+        known = [sha256_of(Path(file)) for file in files]
+    found = [
+        {"path": str(file), "sha256": None if ":" in (content or ":") else content}
+        for file, content in zip(files, known)
+    ]
+    return {"files": found, "rows": len(train), "unit": train.unit, "tokens": tokens}
+
+
+def sha256_of(path: Path) -> str | None:
+    """Of a file's bytes, in hexadecimal; None when there is no such file, or it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    with contextlib.suppress(OSError):  # on Linux alone, where platform does not know it
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
@@ -415,12 +474,17 @@ def resume_command(args) -> str:
         w for i, w in enumerate(words) if w != "--from_resume" and (i == 0 or words[i - 1] != "--from_resume")
     ]
     kept = [w for w in kept if not w.startswith("--from_resume=")]
-    launcher = (
-        f"torchrun --nproc_per_node {n}"
-        if (n := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1
-        else "python"
-    )
-    return f"{launcher} {script} {quoted(kept)}--from_resume 1"
+    return f"{launcher()} {script} {quoted(kept)}--from_resume 1"
+
+
+def typed_command() -> str:
+    """The command that was typed."""
+    return f"{launcher()} {quoted([shown(Path(sys.argv[0])), *sys.argv[1:]]).strip()}"
+
+
+def launcher() -> str:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return f"torchrun --nproc_per_node {processes}" if processes > 1 else "python"
 
 
 def quoted(words: list[str]) -> str:
