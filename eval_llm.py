@@ -323,6 +323,7 @@ class Native:
         else:
             path = find_weights(args)
             model, metadata = checkpoint.load_model(path, self.tokenizer, **overrides)
+        self.path, self.metadata = path, metadata
         # MiniMind's file names tell the stage, ours tell it themselves
         self.is_base = path.name.startswith("pretrain") or metadata.get("stage") == "pretrain"
         if has_adapters(args):
