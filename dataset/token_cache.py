@@ -54,6 +54,7 @@ FORMAT_VERSION = 1
 STALE_LOCK_SECONDS = 60
 SMALL_FILE_BYTES = 6 << 20  # starting workers takes longer than this
 REPO = Path(__file__).resolve().parents[1]
+BUILDING: list[float] = []  # seconds of each cache that this process had to build
 
 
 class TokenCache:
@@ -123,7 +124,9 @@ def open_cache(path, kind, encoder, cache_dir=None, num_workers=None, options=No
             try:
                 if not (target / "meta.json").exists():
                     _remove_leftovers(folder)
+                    begin = time.monotonic()
                     _build(path, kind, encoder, num_workers, options or {}, parts, target, lock)
+                    BUILDING.append(time.monotonic() - begin)
                     _remove_stale(target)
             finally:
                 lock.release()

@@ -208,9 +208,31 @@ def validation_batches(dataset, args, rt):
     """This process's share of a held-out set, in fixed order, as micro-batches on the device."""
     mine = range(rt.rank, len(dataset), rt.world_size)
     size = min(args.batch_size, max(1, -(-len(dataset) // rt.world_size)))
-    for start in range(0, len(mine), size):
+    for start in enough_of(range(0, len(mine), size), rt):
         batch = dataset.collate(list(mine[start : start + size]), size)
         yield {name: tensor.to(rt.device) for name, tensor in batch.items()}
+
+
+ENOUGH_SECONDS = 4  # of equal work, to know how long the rest of it takes
+
+
+def enough_of(items, rt):
+    """All items in their order. While --plan rehearses a run: the last one (where items are sorted, the one
+    that needs most memory) and evenly spread others, for a few seconds; the time of the rest is added to
+    rt.left_out."""
+    items = list(items)
+    if not rt.rehearsing or len(items) < 4:
+        yield from items
+        return
+    spread = np.argsort(np.arange(1, len(items)) * 0.6180339887 % 1)  # neighbours in it lie far apart
+    yield items[-1]
+    begin = time.perf_counter()
+    for done, place in enumerate(spread, 1):
+        yield items[place]
+        spent = time.perf_counter() - begin
+        if done >= 2 and spent > ENOUGH_SECONDS:
+            rt.left_out += spent / done * (len(spread) - done)
+            return
 
 
 # --------------------------------------------------------------------------------------------------
@@ -363,10 +385,7 @@ def steps_for_minutes(dataset, args, rt, update, undo, validate=None) -> tuple[i
     validation = timed(validate)[1] if validate else 0.0
     # The first step compiles, the next ones warm up; the median of the others is not moved by a hiccup.
     seconds = float(np.median([seconds for _, seconds in made[max(1, len(made) // 3) :] or made]))
-    seconds += validation / args.val_interval if args.val_interval else 0.0
-    left = budget - (time.monotonic() - rt.started) - validation
-    left -= 1.5 + 0.03 * budget  # saves, the curve, the end of the process; steps slower than those timed
-    more = runtime.broadcast(max(1, int(left / max(seconds, 1e-9))), rt)
+    more = runtime.broadcast(steps_left(args, time.monotonic() - rt.started, seconds, validation), rt)
     if not same_start(len(made), guess, len(made) + more, len(dataset), args):
         undo()
         made = []
@@ -377,6 +396,16 @@ def steps_for_minutes(dataset, args, rt, update, undo, validate=None) -> tuple[i
         f"--use_compile {args.use_compile}"
     )
     return steps, made
+
+
+def steps_left(args, spent: float, seconds: float, validation: float) -> int:
+    """How many steps of so many seconds fit into the rest of --max_minutes, when `spent` seconds are gone and
+    a validation takes `validation`. At least one."""
+    budget = args.max_minutes * 60
+    seconds += validation / args.val_interval if args.val_interval else 0.0
+    # Set aside: saves, the curve, the end of the process; steps slower than those timed.
+    left = budget - spent - validation - (1.5 + 0.03 * budget)
+    return max(1, int(left / max(seconds, 1e-9)))
 
 
 def same_start(done: int, before: int, after: int, num_rows: int, args) -> bool:

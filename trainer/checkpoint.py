@@ -34,7 +34,7 @@ FREE_SETTINGS = set(
     save_dir save_dtype save_interval checkpoint_dir from_resume log_interval use_wandb tracker wandb_project
     tax_path device dtype use_compile num_threads started epochs max_steps max_minutes batch_size
     accumulation_steps pack max_seq_len preset
-    tokens_at_once debug_mode debug_interval debug_log_ratio val_prompts pass_k
+    plan tokens_at_once debug_mode debug_interval debug_log_ratio val_prompts pass_k
     rollout_url rollout_shared_path judge_url""".split()
 )
 

@@ -333,6 +333,15 @@ def stage_parser(doc: str, about: dict | None = None, **defaults) -> StageParser
         "processes",
     )
 
+    add(
+        g,
+        "--plan",
+        action="store_true",
+        default=False,
+        help="train nothing: make a few steps, then print parameters, FLOPs, peak memory and time of the "
+        "whole run, and the flags to change",
+    )
+
     g = parser.add_argument_group("optimizer")
     add(
         g,
@@ -682,7 +691,10 @@ def find_data(args, names, mini: str | None) -> str:
         print(
             "writing the embedded curriculum to dataset/mini (no data was given, none was found in dataset/)"
         )
+        begin = time.monotonic()
         make_mini.main([])
+        if args.plan:  # the run will find it
+            args.started += time.monotonic() - begin
     print(f"no --data_path: using the embedded curriculum, {path.relative_to(ROOT)}")
     return str(path)
 

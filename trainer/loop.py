@@ -72,7 +72,8 @@ class Run:
         self.data = train.fingerprint()
         self.saved = self.parent = self.log = None
         self.save = None  # during `fit`: write everything as it is now
-        self.other_bytes = 0  # of models that are not trained, for the forecast of memory
+        self.other_bytes = 0  # of models beside the one that is trained, for the forecast of memory
+        self.before_models = runtime.held_memory_gb(rt)
         self.save_weights = checkpoint.save_weights
         self.weight_path = checkpoint.weight_path
 
@@ -112,6 +113,11 @@ class Run:
             factor = optim.lr_factor(step, batches.num_steps(len(self.train), args), **cli.schedule(args))
             return update(step, micro_batches, factor)
 
+        if args.plan:
+            from trainer import plan
+
+            plan.show(self, model, optimizers, make, validate, before, undo, extra)
+            return
         first = validate(model) if before and self.saved is None else {}
         made = []
         if args.max_minutes and not args.max_steps:
@@ -150,6 +156,7 @@ class Run:
 
     def end(self, model, next_command: str):
         """The last lines, and the end of the process group."""
-        written = self.weight_path(self.args, runtime.bare(model).config)
-        progress.farewell(self.args, self.rt, written, self.log, next_command)
+        if not self.args.plan:
+            written = self.weight_path(self.args, runtime.bare(model).config)
+            progress.farewell(self.args, self.rt, written, self.log, next_command)
         runtime.stop(self.rt)

@@ -28,15 +28,8 @@ class Progress:
     """The log of one run. All processes hold one and call the same methods; the first one writes."""
 
     def __init__(self, args, rt, model, run: dict, data: dict | None = None):
-        from model.model_minimind import count_parameters, flops_per_token
-
         self.args, self.rt, self.total_steps = args, rt, run["total_steps"]
-        config = runtime.bare(model).config
-        self.flops_per_token = flops_per_token(
-            config, args.max_seq_len, count_parameters(runtime.bare(model))[1]
-        )
-        frozen = sum(p.numel() for p in runtime.bare(model).parameters() if not p.requires_grad)
-        self.flops_per_token -= 2 * frozen  # nobody asks for their gradient
+        self.flops_per_token = training_flops(model, args)
         self.path = Path(args.save_dir) / f"{args.save_weight}_log.jsonl"
         self.done = 0  # finished optimizer steps of the run
         self.tokens = 0  # consumed by the run, over all processes, without padding
@@ -400,7 +393,7 @@ def announce(args, rt, model, run: dict, data_path, train, val, written: Path, o
             )
             print("      wait for each other may make --num_threads 1 faster")
     tokens = batches.micro_rows(args, rt.world_size) * train.tokens_per_row
-    predicted = predicted_memory_gb(model, args, rt, tokens) + others / 1e9
+    predicted = (sum(memory_parts(model, args, rt, tokens).values()) + others) / 1e9
     free = runtime.available_memory_gb(rt)
     print(f"memory:  about {predicted:.1f} GB" + (f" of {free:.1f} GB free" if free is not None else ""))
     if free is not None and predicted > free:
@@ -423,18 +416,27 @@ def model_size(model) -> str:
     return f"Model Params: {num_params / 1e6:.2f}M{active}"
 
 
-def predicted_memory_gb(model, args, rt, tokens: float) -> float:
-    """A forecast of the peak: weights, gradients and optimizer state exactly, activations by a count per
-    token and layer that was fitted to measurements (docs/training.md), and what the process holds
-    already. tokens: in a micro-batch."""
+def training_flops(model, args) -> float:
+    """FLOPs per token, forward and backward, of the model that learns."""
+    from model.model_minimind import count_parameters, flops_per_token
+
+    model = runtime.bare(model)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    flops = flops_per_token(model.config, args.max_seq_len, count_parameters(model)[1])
+    return flops - 2 * frozen  # nobody asks for their gradient
+
+
+def memory_parts(model, args, rt, tokens: float) -> dict[str, float]:
+    """A forecast of the peak, in bytes: weights, gradients and optimizer state exactly, activations by a
+    count per token and layer that was fitted to measurements (docs/training.md), and the process itself.
+    tokens: in a micro-batch."""
     from trainer.optim import split_parameters
 
     model = runtime.bare(model)
     config = model.config
     hidden, other, vectors = (sum(p.numel() for p in group) for group in split_parameters(model))
     state = 4 * hidden + 8 * (other + vectors) if args.optimizer == "muon" else 8 * (hidden + other + vectors)
-    weights = 8 * (hidden + other + vectors) + state
-    weights += sum(4 * p.numel() for p in model.parameters() if not p.requires_grad)
+    weights = sum(4 * p.numel() for p in model.parameters())
     width = 2 if rt.dtype.itemsize == 2 else 4
     mlp = config.intermediate_size * (
         1 if not config.use_moe else config.num_experts_per_tok + config.n_shared_experts
@@ -445,7 +447,14 @@ def predicted_memory_gb(model, args, rt, tokens: float) -> float:
     activations = tokens * (config.num_hidden_layers * per_layer + 12 * config.hidden_size)
     loss = 1024 * config.vocab_size * 14
     base = 0.5e9 if rt.device.type == "cpu" else 0.0
-    return (base + weights + activations + loss) / 1e9
+    return {
+        "process": base,
+        "weights": weights,
+        "gradients": 4 * (hidden + other + vectors),
+        "optimizer": state,
+        "activations": activations,
+        "loss": loss,
+    }
 
 
 def farewell(args, rt, written: Path, log: Progress, next_command: str):

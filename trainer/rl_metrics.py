@@ -177,7 +177,8 @@ class SampleFile:
     def __init__(self, args, rt, start_step: int):
         self.args, self.rt = args, rt
         self.path = Path(args.save_dir) / f"{args.save_weight}_samples.jsonl"
-        if rt.is_main:  # a resumed run writes the lines after its last save again
+        self.writes = rt.is_main and not args.plan
+        if self.writes:  # a resumed run writes the lines after its last save again
             kept = read_log(self.path, up_to=start_step) if start_step else []
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_name(f".{self.path.name}.tmp")
@@ -187,7 +188,7 @@ class SampleFile:
 
     def see(self, step: int, samples, prompts, rewards, parts, advantages, tokenizer, count=8):
         """At every --debug_interval-th step: the first `count` samples of the first process."""
-        if not self.rt.is_main or step % self.args.debug_interval:
+        if not self.writes or step % self.args.debug_interval:
             return
         lines = []
         for i, sample in enumerate(samples[:count]):

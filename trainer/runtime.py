@@ -67,6 +67,8 @@ class Runtime:
     stop_signal: str | None = None  # this process was asked to stop
     stop_asked: float = 0.0  # when
     stopping: bool = False  # all processes agreed to stop after this step
+    rehearsing: bool = False  # --plan: of many equal pieces of work a few are enough (see batches.enough_of)
+    left_out: float = 0.0  # seconds that the others would have taken
     started: float = field(default_factory=time.monotonic)
     old_handlers: dict = field(default_factory=dict)
 
@@ -132,6 +134,7 @@ def start(args) -> Runtime:
         settle(args, device.type)
     rt = Runtime(device, dtype, seed=args.seed, local_rank=local_rank)
     rt.started = getattr(args, "started", rt.started)
+    rt.rehearsing = getattr(args, "plan", False)
     if world_size > 1:
         rt.rank, rt.world_size = int(os.environ["RANK"]), world_size
         # A step takes seconds, so half an hour of silence means a lost process; the host group also waits
@@ -609,6 +612,17 @@ def peak_memory_gb(rt: Runtime) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def held_memory_gb(rt: Runtime) -> float:
+    """What `peak_memory_gb` counts, as it is now; on a CPU outside of Linux its peak so far."""
+    if rt.device.type == "cuda":
+        return torch.cuda.memory_allocated(rt.device) / 1e9
+    if rt.device.type == "cpu":
+        with contextlib.suppress(OSError, AttributeError):  # AttributeError: no sysconf on Windows
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+            return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return peak_memory_gb(rt) or 0.0
 
 
 def others_running() -> float:

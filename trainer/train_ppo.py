@@ -232,6 +232,8 @@ def new_critic(course, args, rt):
     if str(args.use_compile) == "1":
         critic.compile_blocks(True)
     critic = runtime.wrap(critic, rt)
+    bytes_each = 16  # float32: weight, gradient, AdamW's two averages
+    course.run.other_bytes += bytes_each * sum(p.numel() for p in critic.parameters())
     settings = argparse.Namespace(**vars(args) | {"learning_rate": args.critic_learning_rate})
     optimizers = cli.build_optimizers(critic, settings, rt)
     if "critic" in course.extra:

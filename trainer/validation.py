@@ -57,7 +57,7 @@ def sequence_scores(model, pairs, score, args, rt, as_trained=False):
     stance = contextlib.nullcontext() if compiled else runtime.uncompiled(args)
     size = batches.micro_rows(args, rt.world_size) if compiled else args.batch_size  # memory as in training
     with torch.set_grad_enabled(compiled), stance:
-        for start in range(0, len(mine), size):
+        for start in batches.enough_of(range(0, len(mine), size), rt):
             rows = mine[start : start + size]
             batch = {name: t.to(rt.device) for name, t in pairs.collate(rows, len(rows)).items()}
             with rt.autocast():
