@@ -45,12 +45,21 @@ class Stage:
 
     def number(self, name: str) -> float | None:
         """A figure of the run as it was when the weights were saved; None when nobody wrote it down."""
-        metrics = self.metadata.get("metrics")
-        found = metrics.get(name) if isinstance(metrics, dict) else None
+        found = as_dict(self.metadata.get("metrics")).get(name)
         if not is_number(found):
             values = [r[name] for r in self.records if is_number(r.get(name))]
             found = values[-1] if values else None
         return found
+
+
+def real(stages: list[Stage]) -> list[Stage]:
+    """The stages whose weights are there."""
+    return [stage for stage in stages if stage.path is not None]
+
+
+def as_dict(value) -> dict:
+    """What should be a dictionary, in a file that anybody may have written."""
+    return value if isinstance(value, dict) else {}
 
 
 def is_number(value) -> bool:
@@ -84,7 +93,7 @@ def find_parent(child: Stage, parent: dict, seen: set[Path]) -> Stage:
     if child.kind == "imported":
         return Stage(name, status="origin", ends=f"imported from a transformers folder of type {name}")
     folder = folder_of(child.path)
-    config = child.metadata.get("config") or {}
+    config = as_dict(child.metadata.get("config"))
     tail = f"_{config.get('hidden_size')}{'_moe' if config.get('use_moe') else ''}.pth"
     recorded = f"step {parent.get('step')}, crc32 {crc}"
     if "/" in name or "\\" in name:
@@ -126,8 +135,7 @@ def written_checksum(path: Path) -> int | None:
     from trainer import checkpoint
 
     with contextlib.suppress(checkpoint.CheckpointError):
-        metadata = checkpoint.read_file(path, mmap=True).get(checkpoint.METADATA)
-        return metadata.get("crc32") if isinstance(metadata, dict) else None
+        return as_dict(checkpoint.read_file(path, mmap=True).get(checkpoint.METADATA)).get("crc32")
 
 
 def read_stage(path: Path) -> Stage:
@@ -227,8 +235,7 @@ def first_sitting(stage: Stage) -> dict:
 
 
 def arguments(stage: Stage) -> dict:
-    found = first_sitting(stage).get("args")
-    return found if isinstance(found, dict) else {}
+    return as_dict(first_sitting(stage).get("args"))
 
 
 def data_files(stage: Stage) -> list[tuple[str, str, str]]:
@@ -236,15 +243,14 @@ def data_files(stage: Stage) -> list[tuple[str, str, str]]:
     from trainer.progress import sha256_of
 
     sitting = first_sitting(stage)
-    data = sitting.get("data")
-    files = data.get("files") if isinstance(data, dict) else None
+    files = as_dict(sitting.get("data")).get("files")
     if not isinstance(files, list):  # weights of before this was recorded
         typed = arguments(stage).get("data_path")
         files = [{"path": part.strip()} for part in typed.split(",")] if isinstance(typed, str) else []
     found = []
     for file in (f for f in files if isinstance(f, dict)):
         path, recorded = str(file.get("path")), file.get("sha256")
-        bases = [Path(b) for b in (sitting.get("folder"),) if isinstance(b, str)] + [ROOT, Path.cwd()]
+        bases = [*typed_in(stage), ROOT, Path.cwd()]
         place = next((base / path for base in bases if (base / path).is_file()), None)
         now = sha256_of(place) if place else None
         if recorded is None:
@@ -253,6 +259,18 @@ def data_files(stage: Stage) -> list[tuple[str, str, str]]:
             state = "unchanged" if now == recorded else "changed since" if now else "file is gone"
         found.append((path, str(recorded or now or ""), state))
     return found
+
+
+def typed_in(stage: Stage) -> list[Path]:
+    """Folders that relative paths of a stage's command may start from: the one that was recorded, and the one
+    from which --save_dir leads to where the weights lie now."""
+    recorded, save_dir = first_sitting(stage).get("folder"), arguments(stage).get("save_dir")
+    bases = [Path(recorded)] if isinstance(recorded, str) else []
+    if isinstance(save_dir, str) and not Path(save_dir).is_absolute():
+        here, parts = folder_of(stage.path).resolve(), Path(save_dir).parts
+        if parts and here.parts[-len(parts) :] == parts:
+            bases.append(here.parents[len(parts) - 1])
+    return bases
 
 
 def command_to_repeat(stage: Stage) -> str | None:
@@ -264,3 +282,25 @@ def command_to_repeat(stage: Stage) -> str | None:
     if re.search(r"--max_minutes\b", command) and "--max_steps" not in command and is_number(steps):
         command += f" --max_steps {steps}"
     return command
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sums
+# ------------------------------------------------------------------------------------------------------------
+
+
+def energy_of(stage: Stage, watts: float | None) -> tuple[float | None, str]:
+    """(watt-hours, where the number comes from): counted by the hardware; or --watts x time, an estimate; or
+    None."""
+    joules, seconds = stage.number("energy_j"), stage.number("time_s")
+    if joules is not None:
+        return joules / 3600, "counted"
+    if watts is not None and seconds is not None:
+        return watts * seconds / 3600, "estimate"
+    return None, "not available"
+
+
+def total(values: list) -> tuple[float | None, str]:
+    """(sum of what is known, "at least " when something is not)."""
+    known = [value for value in values if value is not None]
+    return (sum(known) if known else None), ("at least " if len(known) < len(values) and known else "")

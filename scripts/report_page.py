@@ -25,7 +25,47 @@ import io
 import re
 from pathlib import Path
 
+from scripts.report_lineage import is_number
+
 LIMIT = 400  # points of a curve: a page cannot show more
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Numbers as words
+# ------------------------------------------------------------------------------------------------------------
+
+UNKNOWN = "not recorded"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def count(number: float | None) -> str:
+    return UNKNOWN if number is None else f"{number:,.0f}"
+
+
+def millions(number: float) -> str:
+    return f"{number / 1e6:.2f}M" if number >= 1e5 else f"{number:,}"
+
+
+def figure(name: str, value) -> str:
+    """A metric as it is usually written: shares in percent, all else with four digits."""
+    if not is_number(value):
+        return str(value)
+    plain = ("bits", "bpb", "loss", "ppl", "perplexity", "nats", "margin", "logp", "kl", "reward", "length")
+    if 0 <= value <= 1 and not any(word in name for word in plain):
+        return f"{100 * value:.1f} %"
+    return f"{value:.4g}"
+
+
+def watt_hours(energy: float) -> str:
+    return f"{energy:.3g} Wh" if energy < 1000 else f"{energy / 1000:.3g} kWh"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,7 +91,7 @@ def draw(panels: list[tuple], format: str, name: str) -> bytes | None:
     ink = INK if format == "svg" else "#202428"
     style = {
         "svg.fonttype": "none",
-        "svg.hashsalt": name,  # identifiers that no other figure of the page has
+        "svg.hashsalt": repr(name),  # identifiers that no other figure of the page has
         "font.family": "sans-serif",
         "font.size": 8,
         "text.color": ink,
@@ -259,7 +299,9 @@ def markdown_block(block, folder: str, pictures: dict[str, bytes]) -> str:
 def markdown(title: str, subtitle: str, sections: list[tuple], footer: str, folder: str) -> tuple[str, dict]:
     """(the page, {file name: bytes} of its pictures), which belong into `folder` beside it."""
     pictures: dict[str, bytes] = {}
-    parts = [f"# {words(title)}", words(subtitle)]
+    names = [name for name, _ in sections[1:]]
+    links = " · ".join(f"[{words(name)}](#{name.lower().replace(' ', '-')})" for name in names)
+    parts = [f"# {words(title)}", words(subtitle), links]
     for i, (name, blocks) in enumerate(sections):
         parts += [f"## {words(name)}"] if i else []
         parts += [markdown_block(block, folder, pictures) for block in blocks]
