@@ -271,12 +271,12 @@ def read_log(path: Path, up_to: int | None = None) -> list[dict]:
     """The records of a log file, without those beyond step `up_to` and without a torn last line."""
     records = []
     with contextlib.suppress(FileNotFoundError):
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except ValueError:  # the process was killed while it wrote this line
                 continue
-            if up_to is None or record.get("step", 0) <= up_to:
+            if isinstance(record, dict) and (up_to is None or record.get("step", 0) <= up_to):
                 records.append(record)
     return records
 
