@@ -31,6 +31,7 @@ from model.model_minimind import attention
 Request = tuple[list[int], list[int]]  # ids of the context, ids of the continuation
 GROUP_COST = 256  # tokens that could be read in the time which a group of its own takes, about
 MAX_NESTING = 64  # beginnings within beginnings that are looked at
+BRANCHES = 512  # tokens of a tree's branches; attention costs the square of a tree's size
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def encode_pairs(tokenizer, pairs: list[tuple[str, str]], add_bos: bool = False)
     """
     moved = [(context.rstrip(), context[len(context.rstrip()) :] + text) for context, text in pairs]
     texts = list(dict.fromkeys([*(c for c, _ in moved), *(c + t for c, t in moved)]))
-    ids = dict(zip(texts, tokenizer(texts).input_ids)) if texts else {}
+    ids = dict(zip(texts, tokenizer(texts, verbose=False).input_ids)) if texts else {}
     bos, requests = [tokenizer.bos_token_id], []
     for context, continuation in moved:
         start, whole = ids[context], ids[context + continuation]
@@ -76,11 +77,21 @@ def shorten(request: Request, max_length: int) -> Request:
 
 
 def plant(requests: list[Request]) -> list[tuple[tuple, list[tuple[int, list[int]]]]]:
-    """Requests by context, sorted: [(context, [(number of the request, continuation), ...]), ...]."""
-    trees: dict[tuple, list] = {}
+    """Requests by context, sorted: [(context, [(number of the request, continuation), ...]), ...]. A tree
+    whose branches would get longer than BRANCHES and its context is followed by another one."""
+    by_context: dict[tuple, list] = {}
     for number, (context, continuation) in enumerate(requests):
-        trees.setdefault(tuple(context), []).append((number, continuation))
-    return sorted(trees.items())
+        by_context.setdefault(tuple(context), []).append((number, continuation))
+    trees = []
+    for context, branches in sorted(by_context.items()):
+        tokens = limit = max(BRANCHES, len(context))
+        for branch in branches:
+            tokens += len(branch[1])
+            if tokens > limit:
+                trees.append((context, []))
+                tokens = len(branch[1])
+            trees[-1][1].append(branch)
+    return trees
 
 
 def in_common(a: tuple, b: tuple) -> int:
@@ -256,7 +267,7 @@ def bits_per_byte(model, tokenizer, text: str, length: int = 512, progress=None)
     ValueError for an empty text.
     """
     engine = model if isinstance(model, Generator) else Generator(model, "float32")
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if not ids:
         raise ValueError("the text is empty")
     windows = text_windows(ids, tokenizer.bos_token_id, length)
