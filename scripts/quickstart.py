@@ -553,6 +553,7 @@ def main(args):
     print("Next, talk to it yourself, then train on your own text:")
     print(f"  python eval_llm.py --weight full_sft --save_dir {relative(folder)} --hidden_size {HIDDEN}")
     print("  python trainer/train_pretrain.py --data_path my_text.jsonl --max_minutes 60")
+    print(f"All of it on one page: python scripts/report.py --save_dir {relative(folder)} --weight full_sft")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def figure(name: str, value) -> str:
     plain = ("bits", "bpb", "loss", "ppl", "perplexity", "nats", "margin", "logp", "kl", "reward", "length")
     if 0 <= value <= 1 and not any(word in name for word in plain):
         return f"{100 * value:.1f} %"
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:#.4g}".removesuffix(".")
 
 
 def watt_hours(energy: float) -> str:

@@ -221,7 +221,9 @@ def answers_of(stage: Stage, prompts: list[str], args) -> list[str]:
         found = model.engine.generate(ids, tokenizer=model.tokenizer, **settings)
     except (CheckpointError, DataError, ValueError) as error:
         return [f"(no answer: {' '.join(str(error).split())})"] * len(prompts)
-    return [one.text.strip() + ("" if one.finish_reason == "eos" else " […]") for one in found]
+    return [
+        (one.text.strip() or "(nothing)") + ("" if one.finish_reason == "eos" else " […]") for one in found
+    ]
 
 
 def answer_blocks(stages: list[Stage], args) -> list[tuple]:

@@ -53,17 +53,17 @@ def title_of(stage: Stage) -> str:
 
 
 def summary(stages: list[Stage], args, attention: list[str]) -> list[tuple]:
-    own, there = stages[-1], real(stages)
-    seconds, least = total([stage.number("time_s") for stage in there])
-    tokens, least_tokens = total([stage.number("tokens") for stage in there])
-    energy, source = energy_of_all(there, args.watts)
+    own = stages[-1]
+    seconds, least = total([stage.number("time_s") for stage in stages])
+    tokens, least_tokens = total([stage.number("tokens") for stage in stages])
+    energy, source = energy_of_all(stages, args.watts)
     hint = source if energy else "no counter was read; --watts gives an estimate"
     whole = all(stage.status in ("verified", "chosen") and not stage.ends for stage in stages)
     checked = "each verified by its checksum" if whole and len(stages) > 1 else began_with(stages[0])
     what = f"{'adapter' if own.is_adapter else shape(own)}"
     cards = [
         ("Parameters", millions(own.parameters), what),
-        ("Stages", str(len(there)), checked),
+        ("Stages", str(len(real(stages))), checked),
         ("Training time", least + duration(seconds), "wall clock, all stages"),
         ("Tokens", least_tokens + (millions(tokens) if tokens is not None else UNKNOWN), "read in training"),
         ("Energy", energy or source, hint),
@@ -234,7 +234,7 @@ def curve_blocks(stages: list[Stage]) -> list[tuple]:
         panels, changes = panels_of(stage), held_out_rows(stage)
         blocks += [("curves", stage.name, panels)] if panels else []
         if changes:
-            blocks.append(("table", ["held out", "before", "after", "in the log"], changes))
+            blocks.append(("table", ["held out", "first", "last", "in the log"], changes))
         if not panels:
             blocks.append(("text", f"No curves: {stage.log_note or 'the log has no figure twice'}."))
     return blocks
@@ -246,8 +246,9 @@ def held_out_rows(stage: Stage) -> list[list[str]]:
     for name, meaning in HELD_OUT.items():
         steps, values = figures(stage, name)
         if values:
-            before = figure(name, values[0]) if len(values) > 1 and steps[0] < steps[-1] else ""
-            rows.append([meaning, before, figure(name, values[-1]), name])
+            when = f" (step {steps[0]})" if steps[0] else " (before step 1)"
+            first = figure(name, values[0]) + when if len(values) > 1 else ""
+            rows.append([meaning, first, figure(name, values[-1]), name])
     return rows
 
 
@@ -293,9 +294,9 @@ def cost_blocks(stages: list[Stage], args) -> list[tuple]:
         if args.price_per_hour is not None:
             row.append(money(seconds, args.price_per_hour))
         rows.append(row)
-    seconds, least = total([stage.number("time_s") for stage in there])
-    tokens, least_tokens = total([stage.number("tokens") for stage in there])
-    energy, source = energy_of_all(there, args.watts)
+    seconds, least = total([stage.number("time_s") for stage in stages])
+    tokens, least_tokens = total([stage.number("tokens") for stage in stages])
+    energy, source = energy_of_all(stages, args.watts)
     sum_row = ["all", "", least_tokens + count(tokens), least + duration(seconds), "", ""]
     sum_row += [f"{energy} ({source})" if "estimate" in source else energy or source]
     if args.price_per_hour is not None:

@@ -163,7 +163,9 @@ def test_a_parent_that_changed_is_not_shown_as_one(out):
 def test_a_parent_that_is_gone(out):
     (out / "pretrain_32.pth").unlink()
     assert statuses(out / "full_sft_32.pth")[0] == ("pretrain", "gone")
-    assert "pretrain_32.pth is gone (step 6, crc32" in page_of(out)
+    page = page_of(out, "--watts", "9")
+    assert "pretrain_32.pth is gone (step 6, crc32" in page
+    assert page.count("at least ") == 6, "time, tokens and energy, in the summary and in the table"
 
 
 def test_a_parent_under_another_name_is_found_by_its_checksum(out):
