@@ -33,6 +33,7 @@ class Stage:
     records: list[dict] = field(
         default_factory=list
     )  # lines of the log with a step, up to that of the weights
+    before: "Stage | None" = None  # the stage it began with, where its weights are there
     sittings: list[dict] = field(default_factory=list)  # what was recorded of its start and of every resume
 
     @property
@@ -81,6 +82,7 @@ def lineage(path: Path) -> list[Stage]:
             break
         seen = {stage.path.resolve() for stage in stages}
         stages.append(find_parent(stages[-1], parent, seen))
+        stages[-2].before = stages[-1] if stages[-1].path else None
     return stages[::-1]
 
 

@@ -55,13 +55,20 @@ def read_json(path: Path):
         return None
 
 
+def results_file(stage: Stage, save_dir: Path) -> Path:
+    """Where eval_benchmark.py writes: eval/full_sft_512.json, of an adapter eval/full_sft_512+lora_x.json."""
+    base = stage.before
+    name = f"{base.path.stem}+{stage.name}" if stage.is_adapter and base else stage.path.stem
+    return Path(save_dir) / "eval" / f"{name}.json"
+
+
 def benchmark(stage: Stage, save_dir: Path) -> tuple[list[dict], str]:
     """(tasks, sentence about them) of the results file of a stage: tasks have at least a name and metrics."""
     from trainer.checkpoint import shown
 
     if stage.path is None:
         return [], ""
-    path = Path(save_dir) / "eval" / f"{stage.path.stem}.json"
+    path = results_file(stage, save_dir)
     found = read_json(path)
     if not isinstance(found, dict):
         return [], f"{shown(path)} cannot be read." if path.exists() else ""
@@ -71,9 +78,10 @@ def benchmark(stage: Stage, save_dir: Path) -> tuple[list[dict], str]:
             metrics = {str(k): v for k, v in task["metrics"].items() if is_number(v)}
             tasks.append({**task, "name": str(task.get("name", "unnamed")), "metrics": metrics})
     recorded = as_dict(found.get("weights")).get("sha256")
-    if tasks and recorded != stage.sha256:
+    measured = stage.before if stage.is_adapter and stage.before else stage  # adapters have no hash there
+    if tasks and recorded != measured.sha256:
         which = "other weights" if recorded else "weights that the file does not name by a hash"
-        return tasks, f"{shown(path)} was measured on {which}, not on {stage.path.name} as it is now."
+        return tasks, f"{shown(path)} was measured on {which}, not on {measured.path.name} as it is now."
     return tasks, ""
 
 
@@ -115,7 +123,7 @@ def benchmark_blocks(stages: list[Stage], args) -> list[tuple]:
     if rows:
         heads = ["task, metric", "n", "by chance", *(stage.name for stage, *_ in shown_stages)]
         blocks = [("text", "In brackets the 95 % interval."), ("table", heads, rows)]
-        commands = [read_json(Path(args.save_dir) / "eval" / f"{s.path.stem}.json") for s, *_ in shown_stages]
+        commands = [read_json(results_file(stage, args.save_dir)) for stage, *_ in shown_stages]
         for command in dict.fromkeys(str(c["command"]) for c in commands if c.get("command")):
             blocks.append(("code", command))
     blocks += [("warn", note) for _, _, note in there if note]
@@ -198,9 +206,7 @@ def load_stage(stage: Stage, args):
     """The model of a stage as eval_llm.py loads it; an adapter is added to the stage before it."""
     import eval_llm
 
-    base = stage.path
-    if stage.is_adapter:
-        base = stage.base
+    base = stage.before.path if stage.is_adapter else stage.path
     flags = SimpleNamespace(weight=str(base), load_from=ROOT / "model", num_hidden_layers=None, use_compile=0)
     flags.lora_weight = stage.name if stage.is_adapter else "None"
     flags.inference_rope_scaling, flags.device, flags.dtype = 0, args.device, "float32"
@@ -231,12 +237,10 @@ def answer_blocks(stages: list[Stage], args) -> list[tuple]:
 
     there = real(stages)
     prompts = args.prompt or list(eval_llm.CHAT_PROMPTS)[: args.samples]
-    for stage, before in zip(there, [None, *there]):
-        stage.base = before.path if before else None
     columns = []
     for stage in there:
         print(f"answers of {stage.name} to {len(prompts)} prompts", flush=True)
-        if stage.is_adapter and stage.base is None:
+        if stage.is_adapter and stage.before is None:
             columns.append(["(an adapter whose base is not there)"] * len(prompts))
         else:
             columns.append(answers_of(stage, prompts, args))

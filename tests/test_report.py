@@ -359,6 +359,13 @@ def test_benchmarks_stand_beside_each_other(out):
     assert row in page and "other weights" not in page and "python e.py" in page
 
 
+def test_a_benchmark_of_an_adapter(out):
+    benchmark_file(out, "full_sft", hashlib.sha256((out / "full_sft_32.pth").read_bytes()).hexdigest(), 0.5)
+    (out / "eval/full_sft_32.json").rename(out / "eval/full_sft_32+lora_x.json")
+    page = page_of(out, weight="lora_x", end="md")
+    assert "| task, metric | n | by chance | lora_x |" in page and "other weights" not in page
+
+
 def test_a_benchmark_of_other_weights_is_marked(out):
     benchmark_file(out, "full_sft", "0" * 64, 0.5)
     page = page_of(out)
