@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import shutil
 import statistics
@@ -37,6 +38,7 @@ class Rehearsal:
     """What was measured; seconds, bytes, and GB where it says so."""
 
     start_up: float  # from the start of the process to the first validation or step
+    first: float  # validation before the first step, where the stage has one
     steps: list  # (seconds, tokens of a micro-batch times their number, tokens that are no padding) of each
     slots: float | None  # mean of the second of these over the whole run; None: all alike, or unknown
     validation: float
@@ -56,15 +58,16 @@ def show(run, model, optimizers, make, validate, before, undo, extra):
     parts = progress.memory_parts(model, args, rt, tokens) | {"others": run.other_bytes}
     room = room_gb(rt)
     fits = room is None or sum(parts.values()) / 1e9 <= room
-    found = None
+    found, ran_out = None, False
     if not runtime.total(int(not fits), rt):
         try:
-            found = rehearse(run, model, optimizers, make, validate, undo, extra)
+            found = rehearse(run, model, optimizers, make, validate, before and not run.saved, undo, extra)
         except Exception as error:
             if not runtime.is_out_of_memory(error) or rt.world_size > 1:
                 raise
+            ran_out = True
     if rt.is_main:
-        print("\n".join(report(run, model, parts, room, found, before)), flush=True)
+        print("\n".join(report(run, model, parts, room, found, ran_out)), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -72,12 +75,13 @@ def show(run, model, optimizers, make, validate, before, undo, extra):
 # --------------------------------------------------------------------------------------------------
 
 
-def rehearse(run, model, optimizers, make, validate, undo, extra) -> Rehearsal:
+def rehearse(run, model, optimizers, make, validate, before, undo, extra) -> Rehearsal:
     """Begin the run, and measure."""
     from dataset.token_cache import BUILDING
 
     args, rt = run.args, run.rt
     start_up = time.monotonic() - args.started - sum(BUILDING) + rt.left_out
+    first, _ = timed(rt, lambda: validate(model)) if before else (0.0, {})
     if args.max_minutes and not args.max_steps and undo is None:
         undo = runtime.snapshot(model, optimizers, rt)  # the run has this copy too
     total = batches.num_steps(len(run.train), args)
@@ -102,7 +106,16 @@ def rehearse(run, model, optimizers, make, validate, undo, extra) -> Rehearsal:
         sizes = [path.stat().st_size if path.exists() else 0 for path in (written, resume)]
         end, _ = timed(rt, log.finish)
     return Rehearsal(
-        start_up, steps, slots, validation, saving, end, runtime.peak_memory_gb(rt), *sizes, compile_seconds()
+        start_up,
+        first,
+        steps,
+        slots,
+        validation,
+        saving,
+        end,
+        runtime.peak_memory_gb(rt),
+        *sizes,
+        compile_seconds(),
     )
 
 
@@ -214,16 +227,15 @@ def seconds_of_a_step(run, found: Rehearsal) -> float:
     return per_slot * (found.slots or statistics.fmean(slots for _, slots, _ in steady))
 
 
-def times(run, found: Rehearsal, before: bool, args=None) -> tuple[int, dict[str, tuple[float, str]]]:
+def times(run, found: Rehearsal, args=None) -> tuple[int, dict[str, tuple[float, str]]]:
     """The total of steps, and the seconds of every part of the run, with how they come about."""
     args = args or run.args
     done = run.saved["step"] if run.saved else 0
     made = [seconds for seconds, *_ in found.steps]
     per_step = seconds_of_a_step(run, found) if made else 0.0
-    first = found.validation if before and not run.saved else 0.0
     start_up = max(found.start_up, 0.0)
     if args.max_minutes and not args.max_steps:
-        spent = start_up + first + sum(made)
+        spent = start_up + found.first + sum(made)
         total = len(made) + batches.steps_left(args, spent, per_step, found.validation)
     else:
         total = batches.num_steps(len(run.train), args)
@@ -232,11 +244,14 @@ def times(run, found: Rehearsal, before: bool, args=None) -> tuple[int, dict[str
     def times_within(interval):  # see Progress.due; the last one stands behind the loop
         return 1 + ((total - 1) // interval - done // interval if interval and total > done else 0)
 
-    validations, saves = times_within(args.val_interval) + bool(first), times_within(args.save_interval)
+    validations, saves = times_within(args.val_interval), times_within(args.save_interval)
     return total, {
         "start-up": (start_up, "imports, data, weights"),
         "steps": (sum(made) + more * per_step - found.compiled, f"{total - done:,} of {per_step:.3g} s"),
-        "validation": (validations * found.validation, f"{validations} of {found.validation:.3g} s"),
+        "validation": (
+            found.first + validations * found.validation,
+            f"{validations + bool(found.first)} of {found.validation:.3g} s",
+        ),
         "saving": (saves * found.save + found.end, f"{saves} of {found.save:.3g} s, and the curve"),
     }
 
@@ -265,82 +280,85 @@ def memory(found: Rehearsal | None, run, parts: dict) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------
 
 
-def flags_that_fit(run, args, amounts: dict, parts: dict, room: float) -> list[str]:
-    """What to type instead, each with the memory it would need: the mildest change that fits, and others."""
-    limit = 0.9 * room
-    fixed = sum(amounts.values()) - amounts["rest"]
+def flags_that_fit(run, amounts: dict, parts: dict, limit: float) -> list[str]:
+    """What to type instead, each with the memory it would need: the mildest change below `limit` GB first."""
+    args = run.args
+    fixed, rest = sum(amounts.values()) - amounts["rest"], amounts["rest"]
     if hasattr(args, "tokens_at_once"):
-        return flags_that_fit_a_rollout(run, args, fixed, amounts["rest"], limit)
-    share = parts["activations"] / (parts["activations"] + parts["loss"])  # what follows the rows at once
-    found = []
+        return flags_that_fit_a_rollout(run, fixed, rest, limit) + smaller_model(run, limit)
+    share = parts["activations"] / (parts["activations"] + parts["loss"])  # what follows the tokens at once
 
     def needs(part):
-        return fixed + amounts["rest"] * (1 - share + share * part)
+        return fixed + rest * (1 - share + share * part)
 
-    for parts_of_it in range(2, args.batch_size + 1):
-        if args.batch_size % parts_of_it == 0 and needs(1 / parts_of_it) <= limit:
-            rows, times = args.batch_size // parts_of_it, args.accumulation_steps * parts_of_it
-            found.append(
-                f"--batch_size {rows} --accumulation_steps {times}: the same update in about "
-                f"{needs(1 / parts_of_it):.2f} GB"
-            )
-            break
-    length = args.max_seq_len
+    for divisor in range(2, args.batch_size + 1):
+        if args.batch_size % divisor == 0 and needs(1 / divisor) <= limit:
+            flags = f"--batch_size {args.batch_size // divisor} "
+            flags += f"--accumulation_steps {args.accumulation_steps * divisor}"
+            return [f"{flags}: the same update in {needs(1 / divisor):.2f} GB", *smaller_model(run, limit)]
+    length = args.max_seq_len // 2
     while length >= 32 and needs(length / args.max_seq_len / args.batch_size) > limit:
         length //= 2
-    if not found and length < args.max_seq_len and length >= 32:
-        amount = needs(length / args.max_seq_len / args.batch_size)
-        found.append(f"--batch_size 1 --max_seq_len {length}: about {amount:.2f} GB")
-    return found + smaller_models(run, args, limit)
+    if length < 32:
+        return smaller_model(run, limit)
+    amount = needs(length / args.max_seq_len / args.batch_size)
+    flags = f"--batch_size 1 --accumulation_steps {batches.rows_per_step(args)} --max_seq_len {length}"
+    return [f"{flags}: {amount:.2f} GB", *smaller_model(run, limit)]
 
 
-def flags_that_fit_a_rollout(run, args, fixed: float, rest: float, limit: float) -> list[str]:
-    """Of reinforcement learning: half as long answers and half as many tokens at once, as often as needed."""
+def flags_that_fit_a_rollout(run, fixed: float, rest: float, limit: float) -> list[str]:
+    """Of reinforcement learning: answers half as long and half as many tokens at once, as often as needed."""
+    args = run.args
     at_once = args.tokens_at_once or (1024 if run.rt.device.type == "cpu" else 32768)
-    length = args.max_gen_len
-    while fixed + rest > limit and length >= 16:
-        rest, length, at_once = rest / 2, length // 2, max(64, at_once // 2)
-    if fixed + rest > limit:
-        return smaller_models(run, args, limit)
-    prompts = max(1, args.val_prompts * length // args.max_gen_len)
+    halvings = next((n for n in range(1, 8) if fixed + rest / 2**n <= limit), None)
+    if halvings is None:
+        return []
+    length, at_once, prompts = (
+        max(least, value >> halvings)
+        for value, least in ((args.max_gen_len, 1), (at_once, 64), (args.val_prompts, 1))
+    )
     flags = f"--max_gen_len {length} --tokens_at_once {at_once} --val_prompts {prompts}"
-    return [f"{flags}: about {fixed + rest:.2f} GB"]
+    return [f"{flags}: {fixed + rest / 2**halvings:.2f} GB"]
 
 
-def smaller_models(run, args, limit: float) -> list[str]:
-    """The largest preset below this model that fits as it is, by the formula."""
+def smaller_model(run, limit: float) -> list[str]:
+    """The largest preset that is smaller than this model and fits as it is, by the formula."""
     import torch
 
-    from model.model_minimind import MiniMindConfig, MiniMindLM
-    from trainer.cli import PRESETS
+    from model.model_minimind import MiniMindLM
+    from trainer.cli import ARCHITECTURE, PRESETS, model_config
 
-    fitting = []
-    for name in PRESETS:
+    def measured(**flags):
+        args = Namespace(**vars(run.args) | flags)
         with torch.device("meta"):
-            model = MiniMindLM(MiniMindConfig.from_preset(name))
+            model = MiniMindLM(model_config(args))
         tokens = batches.micro_rows(args, run.rt.world_size) * run.train.tokens_per_row
-        amount = sum(progress.memory_parts(model, args, run.rt, tokens).values()) / 1e9
-        if amount <= limit:
-            fitting.append((sum(p.numel() for p in model.parameters()), name, amount))
+        parts = progress.memory_parts(model, args, run.rt, tokens)
+        return sum(p.numel() for p in model.parameters()), sum(parts.values()) / 1e9
+
+    plain = dict.fromkeys(ARCHITECTURE)
+    mine = measured()[0]
+    sizes = {name: measured(**plain | {"preset": name}) for name in PRESETS}
+    fitting = [
+        (size, amount, name) for name, (size, amount) in sizes.items() if size < mine and amount <= limit
+    ]
     if not fitting:
         return []
-    size, name, amount = max(fitting)
-    return [f"--preset {name}: {size / 1e6:.1f}M parameters, about {amount:.2f} GB"]
+    size, amount, name = max(fitting)
+    return [f"--preset {name}: {size / 1e6:.1f}M parameters instead of {mine / 1e6:.1f}M, {amount:.2f} GB"]
 
 
-def flags_that_hasten(run, model, found: Rehearsal, before: bool, total_seconds: float) -> list[str]:
+def flags_that_hasten(run, model, found: Rehearsal, total_seconds: float) -> list[str]:
     """What to type for a shorter run, with the time it would take."""
     args, rt, advice = run.args, run.rt, []
 
     def with_flags(**changed):
-        return sum(
-            seconds for seconds, _ in times(run, found, before, Namespace(**vars(args) | changed))[1].values()
-        )
+        return sum(seconds for seconds, _ in times(run, found, Namespace(**vars(args) | changed))[1].values())
 
-    _, amounts = times(run, found, before)
     for name, part in (("val_interval", "validation"), ("save_interval", "saving")):
-        if getattr(args, name) and amounts[part][0] > 0.1 * total_seconds:
-            advice.append(f"--{name} 0: {part} only at the end, {shown_time(with_flags(**{name: 0}))}")
+        rarely = with_flags(**{name: 0})
+        if rarely < 0.9 * total_seconds:
+            advice.append(f"--{name} 0: {part} only at the end, {shown_time(rarely)}")
     auto = runtime.choose_dtype(
         "auto", rt.device, 0 if getattr(args, "exact", False) else model.config.hidden_size
     )
@@ -363,7 +381,7 @@ def flags_that_hasten(run, model, found: Rehearsal, before: bool, total_seconds:
     if total_seconds > 120 and not args.max_minutes:
         minutes = max(1, round(total_seconds / 120))
         limited = Namespace(**vars(args) | {"max_minutes": float(minutes), "max_steps": 0})
-        steps, _ = times(run, found, before, limited)
+        steps, _ = times(run, found, limited)
         advice.append(f"--max_minutes {minutes}: what can be done in half the time, about {steps:,} steps")
     return advice
 
@@ -373,8 +391,8 @@ def flags_that_hasten(run, model, found: Rehearsal, before: bool, total_seconds:
 # --------------------------------------------------------------------------------------------------
 
 
-def report(run, model, parts: dict, room: float | None, found: Rehearsal | None, before: bool) -> list[str]:
-    """The lines that are printed."""
+def report(run, model, parts: dict, room: float | None, found, ran_out: bool) -> list[str]:
+    """The lines that are printed. found: a Rehearsal, or None when there was too little memory for one."""
     args = run.args
     bare = runtime.bare(model)
     amounts = memory(found, run, parts)
@@ -383,33 +401,31 @@ def report(run, model, parts: dict, room: float | None, found: Rehearsal | None,
         "",
         "plan (nothing was trained or saved)",
         *size_lines(bare),
-        *length_lines(run, bare, found, before),
+        *length_lines(run, bare, found),
     ]
-    fits = room is None or peak <= 0.9 * room
-    verdict = (
-        f" of {room:.2f} GB: " + ("fits" if fits else "tight" if peak <= room else "does not fit")
-        if room
-        else ""
-    )
-    source = "" if found and found.peak_gb else ", by a formula: too much to be tried"
+    fits = not ran_out and (room is None or peak <= 0.9 * room)
+    verdict = "fits" if fits else "tight" if found else "ran out of it" if ran_out else "does not fit"
+    source = "" if found else " (by a formula)"
+    each = " per process" * (run.rt.world_size > 1)
     lines.append(
-        f"memory:  {peak:.2f} GB at its peak{' per process' * (run.rt.world_size > 1)}{verdict}{source}"
+        f"memory:  {peak:.2f} GB{each} at its peak{source}{f' of {room:.2f} GB' * bool(room)}: {verdict}"
     )
     lines.append(
         "         " + ", ".join(f"{name} {amount:.2f}" for name, amount in amounts.items() if amount > 0.004)
     )
-    advice = [] if fits else flags_that_fit(run, args, amounts, parts, room)
+    limit = math.inf if ran_out else 0.9 * (room or math.inf)
+    advice = [] if fits else flags_that_fit(run, amounts, parts, limit)
     if found is None:
         lines.append("time:    unknown, because no step was made")
     else:
-        _, by_part = times(run, found, before)
+        _, by_part = times(run, found)
         seconds = sum(amount for amount, _ in by_part.values())
         ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
         lines.append(f"time:    {seconds:.1f} s{long_time(seconds)}; begun now, it would end at {ends}")
         lines += [f"         {name:<11}{amount:8.1f} s   {how}" for name, (amount, how) in by_part.items()]
         lines += once_lines(found)
         lines.append(disk_line(args, found))
-        advice += flags_that_hasten(run, bare, found, before, seconds)
+        advice += flags_that_hasten(run, bare, found, seconds)
     return lines + [("change:  " if i == 0 else "         ") + line for i, line in enumerate(advice)]
 
 
@@ -422,10 +438,10 @@ def size_lines(model) -> list[str]:
     return [f"model:   {total:,} parameters, {active:,} of them work on a token, {learning:,} learn"]
 
 
-def length_lines(run, model, found: Rehearsal | None, before: bool) -> list[str]:
+def length_lines(run, model, found: Rehearsal | None) -> list[str]:
     """Steps, tokens and FLOPs."""
     args, train = run.args, run.train
-    total = times(run, found, before)[0] if found else batches.num_steps(len(train), args)
+    total = times(run, found)[0] if found else batches.num_steps(len(train), args)
     rows = batches.rows_per_step(args)
     all_rows = total * rows if args.max_steps or args.max_minutes else args.epochs * len(train)
     tokens, about = train.tokens_per_row, "" if train.unit == "rows" else "about "

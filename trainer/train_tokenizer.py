@@ -206,6 +206,7 @@ def parse_args(argv=None):
     add(
         "--compare", nargs="+", type=Path, default=[], metavar="DIR", help="tokenizers to measure beside ours"
     )
+    add("--plan", action="store_true", help="train nothing: print how much memory and time it would take")
     add(
         "--config_only",
         type=Path,
@@ -215,7 +216,40 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+PROBED_SHARE = 1 / 4  # of the sample: counting words and merging take time in proportion to it
+
+
+def show_plan(args, corpus: Corpus, one_pass: float) -> None:
+    """Memory and time of the training. one_pass: seconds of reading the files once."""
+
+    def some_pieces():
+        for pieces in corpus.training_pieces():
+            yield pieces
+            if sum(corpus.sampled_bytes.values()) > PROBED_SHARE * corpus.expected_bytes():
+                return
+
+    begin = time.time()
+    try:
+        train_merges(some_pieces(), args.vocab_size)
+    except DataError:
+        print("time:    unknown, because a part of the text is too small for so many entries")
+    else:
+        share = sum(corpus.sampled_bytes.values()) / corpus.expected_bytes()
+        passes = one_pass * (2 if args.holdout else 1)
+        training = (time.time() - begin) / share
+        print(
+            f"time:    {passes + training:.1f} s: reading {passes:.1f}, sampling and training {training:.1f}"
+        )
+    size = corpus.expected_bytes()
+    print(
+        f"memory:  {0.1 + size * MEMORY_PER_BYTE / 1e9:.2f} GB at its peak, for {size / 1e6:.1f} MB of text"
+    )
+    print("change:  --max_bytes: memory and time follow it")
+
+
 def main(args) -> None:
+    if args.plan and (args.config_only or args.eval_only):
+        raise DataError("--plan is about training: leave --config_only and --eval_only out")
     os.environ["RAYON_NUM_THREADS"] = str(args.num_threads)  # read when `tokenizers` is first imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if args.config_only:
@@ -241,7 +275,7 @@ def main(args) -> None:
     if not args.data_path:
         raise DataError("nothing to learn from: pass --data_path FILE ..., or --eval_only DIR to measure")
     target = args.out_dir / "tokenizer.json"
-    if target.exists() and not args.overwrite:
+    if target.exists() and not args.overwrite and not args.plan:
         raise DataError(
             f"{target} exists. Weights trained with it need it: choose another --out_dir, or pass --overwrite"
         )
@@ -253,6 +287,9 @@ def main(args) -> None:
     found = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in corpus.num_bytes.items())
     rates = ", ".join(f"{name} {rate:.0%}" for name, rate in corpus.rates.items())
     print(f"{corpus.num_documents} documents: {found}; sampling {rates}; tokenizers {tokenizers.__version__}")
+    if args.plan:
+        show_plan(args, corpus, time.time() - begin)
+        return
     print(f"about {0.1 + corpus.expected_bytes() * MEMORY_PER_BYTE / 1e9:.1f} GB of memory will be needed")
     spec = train_merges(corpus.training_pieces(), args.vocab_size, show_progress=True)
 
