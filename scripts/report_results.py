@@ -8,7 +8,7 @@ from scripts.report_lineage import ROOT, Stage, as_dict, folder_of, is_number, r
 from scripts.report_page import figure
 
 HELD_OUT = {
-    "val_loss": "held-out loss, nats per token (lower is better)",
+    "val_loss": "held-out loss (lower is better)",
     "val_bpb": "held-out bits per byte (lower is better)",
     "val_pass1": "unseen prompts solved by the likeliest answer",
     "val_pass4": "unseen prompts solved by one of the samples",

@@ -29,7 +29,10 @@ def energy_cell(stage: Stage, watts: float | None) -> str:
 
 
 def money(seconds: float | None, price_per_hour: float) -> str:
-    return UNKNOWN if seconds is None else f"{seconds / 3600 * price_per_hour:.2f}"
+    if seconds is None:
+        return UNKNOWN
+    price = seconds / 3600 * price_per_hour
+    return f"{price:,.2f}" if price >= 0.1 or not price else f"{price:.2g}"
 
 
 def energy_of_all(stages: list[Stage], watts: float | None) -> tuple[str, str]:
@@ -110,12 +113,13 @@ def attention(stages: list[Stage], benchmarks: list[str]) -> list[str]:
     for stage in real(stages):
         if stage.note:
             found.append(f"{stage.name}: {stage.note}.")
-        if str(first_sitting(stage).get("commit")).endswith("+"):
-            found.append(f"{stage.name} was trained with local changes that its commit does not hold.")
         if not stage.metadata.get("merged"):
             continue
         merged = f"adapters were merged in ({stage.metadata['merged']}); its figures are of before that"
         found.append(f"{stage.name}: {merged}.")
+    changed = [s.name for s in real(stages) if str(first_sitting(s).get("commit")).endswith("+")]
+    if changed:
+        found.append(f"Trained with local changes that no commit holds: {', '.join(changed)}.")
     return found + benchmarks
 
 
@@ -254,6 +258,7 @@ def held_out_rows(stage: Stage) -> list[list[str]]:
 
 PANELS = [  # title, label of the y axis, figures of the log
     ("Loss", "nats per token", ["loss", "val_loss", "tax_loss"]),
+    ("Loss of pairs", "nats per pair", ["loss", "val_loss"]),
     ("Bits per byte, held out", "bits per byte", ["val_bpb"]),
     ("Reward", "reward", ["reward", "val_reward"]),
     ("Success", "share of answers", ["success", "val_pass1", "val_pass4"]),
@@ -268,14 +273,15 @@ PANELS = [  # title, label of the y axis, figures of the log
 
 
 def panels_of(stage: Stage) -> list[tuple]:
-    """What is drawn of a stage: figures that were measured more than once. The loss of reinforcement learning
-    says nothing (docs/metrics.md)."""
-    rewarded = bool(figures(stage, "length")[0])
+    """What is drawn of a stage: figures that were measured more than once. Preferences have a loss per pair;
+    that of reinforcement learning says nothing (docs/metrics.md)."""
+    rewarded, pairs = bool(figures(stage, "length")[0]), bool(figures(stage, "accuracy")[0])
+    skipped = {"Loss", "Loss of pairs"} if rewarded else {"Loss"} if pairs else {"Loss of pairs"}
+    if not (rewarded or pairs):
+        skipped.add("Earlier stage, held out")  # it stands in the same panel as the loss
     panels = []
     for title, y, names in PANELS:
-        if rewarded == (title == "Loss") and title in ("Loss", "Earlier stage, held out"):
-            continue
-        lines = [(name, *figures(stage, name)) for name in names]
+        lines = [(name, *figures(stage, name)) for name in names if title not in skipped]
         lines = [line for line in lines if line[1]]
         if any(len(line[1]) > 1 for line in lines):
             panels.append((title, "step (rollout)" if rewarded else "optimizer step", y, lines))

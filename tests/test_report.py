@@ -256,7 +256,7 @@ def test_an_estimate_is_power_times_time(out):
     stages = report_lineage.lineage(out / "full_sft_32.pth")
     hours = sum(stage.number("time_s") for stage in stages) / 3600
     page = page_of(out, "--watts", "7200", "--price_per_hour", "3600")
-    assert f"{7200 * hours:.3g} Wh" in page and f">{3600 * hours:.2f}<" in page
+    assert f"{7200 * hours:.3g} Wh" in page and f">{3600 * hours:,.2f}<" in page
     assert page.count("(estimate)") == 3 and "7200 W (given by --watts)" in page
     assert report_lineage.energy_of(SimpleNamespace(number={"time_s": 1800.0}.get), 50.0) == (
         25.0,
@@ -518,6 +518,9 @@ def test_curves_are_drawn_only_where_there_is_one():
     panels = report_sections.panels_of(stage)
     assert [panel[0] for panel in panels] == ["Loss", "Learning rate"]
     assert panels[0][3] == [("loss", [1, 2], [3.0, 2.0]), ("val_loss", [2], [2.5])]
+    pairs = [{"step": s, "loss": 0.6, "accuracy": 0.5, "tax_loss": 2.0} for s in (1, 2)]
+    titles = [p[0] for p in report_sections.panels_of(report_lineage.Stage("z", records=pairs))]
+    assert titles == ["Loss of pairs", "Pairs", "Earlier stage, held out"], "two units, two panels"
     rewarded = [{"step": s, "loss": 0.1, "reward": s / 9, "length": 5.0, "val_bpb": "inf"} for s in (1, 2)]
     titles = [p[0] for p in report_sections.panels_of(report_lineage.Stage("y", records=rewarded))]
     assert titles == ["Reward", "Length of answers"], "its loss says nothing"
