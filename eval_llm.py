@@ -128,7 +128,14 @@ def add_model_flags(parser, many: bool = False):
         const=1,
         default=0,
         metavar="0|1",
-        help="YaRN: stretch positions x16 over original_max_position_embeddings",
+        help="1 = YaRN: stretch the positions of the length that the weights say they were trained at",
+    )
+    g.add_argument(
+        "--yarn_factor",
+        type=cli.number_type(float, above=1),
+        default=16.0,
+        metavar="X",
+        help="how far --inference_rope_scaling 1 stretches them",
     )
     g.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     g.add_argument(
@@ -315,7 +322,7 @@ class Native:
         self.tokenizer = load_tokenizer(args.load_from)
         overrides = {"num_hidden_layers": args.num_hidden_layers} if args.num_hidden_layers else {}
         if args.inference_rope_scaling:
-            overrides["inference_rope_scaling"] = True
+            overrides |= {"inference_rope_scaling": True, "yarn_factor": args.yarn_factor}
         if is_folder(args.load_from):
             refuse_for_folder({f"--lora_weight {args.lora_weight}": has_adapters(args)})
             path, metadata = args.load_from, {}
@@ -336,6 +343,8 @@ class Native:
         dtype = "int8" if self.engine.int8 else str(self.engine.dtype).removeprefix("torch.")
         million = count_parameters(model)[0] / 1e6
         say(f"{checkpoint.shown(path)}: {million:.2f}M parameters, {dtype}, {device}")
+        if model.config.rope_parameters["rope_type"] == "yarn":
+            say(checkpoint.describe_positions(model.config))
 
     def encode(self, messages, open_thinking: bool, tools: list[dict] | None = None) -> list[int]:
         from dataset.lm_dataset import encode_document, encode_prompt

@@ -557,6 +557,14 @@ class PackedDataset:
         """Tokens in all rows, without padding."""
         return int(self.lengths.sum(dtype=np.int64))
 
+    @property
+    def length_of_pieces(self):
+        """The length L such that a hundredth of all tokens lies in pieces at least so long: what a model that
+        learns from these rows can be said to know. (The very longest may be one of a million.)"""
+        longest_first = np.sort(self.lengths)[::-1]
+        before = np.cumsum(longest_first, dtype=np.int64)
+        return int(longest_first[np.searchsorted(before, self.num_tokens / 100)])
+
     @functools.cached_property
     def num_targets(self):
         return int(self.row_targets.sum())

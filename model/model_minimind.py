@@ -76,7 +76,10 @@ class MiniMindConfig(PretrainedConfig):
         rope_theta: base of the rotary frequencies.
         rope_parameters: transformers' dictionary, e.g. {"rope_type": "yarn", "factor": 16.0, ...}; wins over
             rope_theta.
-        inference_rope_scaling: True = YaRN x16 over `original_max_position_embeddings` positions.
+        original_max_position_embeddings: the longest length the weights were trained at without YaRN; the
+            stages write it.
+        inference_rope_scaling, yarn_factor: True = YaRN: the positions of that length are stretched by the
+            factor.
         residual_init: "zero" starts o_proj and down_proj at 0 (each block starts as the identity) and v_proj
             at a fifth, "scaled" draws o_proj and down_proj with std 0.02 / sqrt(2 * layers), "normal" with
             std 0.02.
@@ -105,6 +108,7 @@ class MiniMindConfig(PretrainedConfig):
         rope_theta: float = 1e6,
         rope_parameters: dict | None = None,
         inference_rope_scaling: bool = False,
+        yarn_factor: float = 16.0,
         tie_word_embeddings: bool = True,
         initializer_range: float = 0.02,
         residual_init: str = "zero",
@@ -134,17 +138,18 @@ class MiniMindConfig(PretrainedConfig):
         self.original_max_position_embeddings = original_max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
         self.qk_norm = qk_norm
-        self.inference_rope_scaling = inference_rope_scaling
+        self.inference_rope_scaling, self.yarn_factor = inference_rope_scaling, yarn_factor
         scaling = kwargs.pop("rope_scaling", None)  # the older spelling of the same dictionary
         rope = dict(rope_parameters or scaling or {})
-        if inference_rope_scaling and rope.get("rope_type", "default") == "default":
-            rope = yarn_defaults(original_max_position_embeddings) | {
-                "rope_theta": rope.get("rope_theta", rope_theta)
-            }
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
         rope["rope_theta"] = float(rope.get("rope_theta", rope_theta))
         self.rope_theta = rope["rope_theta"]
         self.rope_parameters = rope
+        if rope["rope_type"] == "yarn":  # which names its length itself, or else means this one
+            length = rope.setdefault("original_max_position_embeddings", original_max_position_embeddings)
+            self.original_max_position_embeddings = length
+        if inference_rope_scaling and rope["rope_type"] == "default":
+            self.stretch_positions()
         self.initializer_range = initializer_range
         self.residual_init = residual_init
         self.dropout = dropout
@@ -184,6 +189,13 @@ class MiniMindConfig(PretrainedConfig):
         k, num_experts = self.num_experts_per_tok, self.num_experts
         if self.use_moe and not 1 <= k <= num_experts:
             raise ValueError(f"num_experts_per_tok ({k}) must lie in 1..num_experts ({num_experts})")
+
+    def stretch_positions(self):
+        """YaRN from now on: `original_max_position_embeddings` positions are stretched by `yarn_factor`."""
+        self.inference_rope_scaling = True
+        rope = yarn_defaults(self.original_max_position_embeddings, self.yarn_factor)
+        self.rope_parameters = rope | {"rope_theta": self.rope_theta}
+        self.max_position_embeddings = int(self.original_max_position_embeddings * self.yarn_factor)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MiniMindConfig":

@@ -7,13 +7,14 @@ rule that cuts text before the merges is not in the file, but named: Qwen2's, wh
 """
 
 import json
+import math
 from pathlib import Path
 
 from scripts.convert_hf import model_type
 from trainer.checkpoint import CheckpointError, shown
 
 ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
-TYPES = ("f32", "f16", "bf16", "q8_0")
+TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 # Qwen2's rule, by which llama.cpp's "qwen2" cuts
 RULE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -39,8 +40,6 @@ def write_gguf(model, tokenizer_folder: Path, path: Path, kind: str, name: str):
     config, architecture = model.config, ARCHITECTURES[model_type(model.config)]
     if config.use_moe and not config.norm_topk_prob:
         raise CheckpointError("llama.cpp normalises the weights of the chosen experts; this model does not")
-    if config.rope_parameters["rope_type"] != "default":
-        raise CheckpointError("a model with YaRN's positions cannot be written as GGUF yet")
     if path.exists():
         raise CheckpointError(f"{shown(path)} exists already: name another file, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,12 +59,34 @@ def write_gguf(model, tokenizer_folder: Path, path: Path, kind: str, name: str):
         part.unlink(missing_ok=True)
 
 
+def write_modelfile(gguf_path: Path, config) -> Path:
+    """The Modelfile beside a GGUF file, with which `ollama create NAME -f FILE` takes it in. Its template
+    says in Ollama's words what the chat template in the GGUF file says, with tools and thoughts: older
+    versions read only this one, and know of both from here."""
+    stretched = config.rope_parameters["rope_type"] == "yarn"
+    longest = config.max_position_embeddings if stretched else config.original_max_position_embeddings
+    template = Path(__file__).with_name("ollama.template").read_text(encoding="utf-8").rstrip("\n")
+    lines = [
+        f"FROM ./{gguf_path.name}",
+        f"PARAMETER num_ctx {min(max(longest, 1024), 8192)}",
+        "PARAMETER temperature 0.85",
+        "PARAMETER top_p 0.95",
+        "PARAMETER repeat_penalty 1.0",
+        'PARAMETER stop "<|im_end|>"',
+        f'TEMPLATE """{template}"""',
+    ]
+    path = gguf_path.with_suffix(".Modelfile")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 def add_settings(writer, config, kind: str, name: str):
     import gguf
 
-    files = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[files[kind]])
+    writer.add_file_type(gguf.LlamaFileType[("ALL_" if kind == "f32" else "MOSTLY_") + kind.upper()])
+    if "_" in kind:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -77,11 +98,30 @@ def add_settings(writer, config, kind: str, name: str):
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    add_positions(writer, config)
     if config.use_moe:
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+def add_positions(writer, config):
+    """The rotary frequencies, and YaRN's settings. llama.cpp multiplies the temperature 0.1 ln(factor) + 1 in
+    by itself; the factor it is told comes on top, so it is told what remains."""
+    import gguf
+
+    from model.model_minimind import rope_frequencies
+
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "yarn":
+        _, temperature = rope_frequencies(config.head_dim, rope)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(temperature / (0.1 * math.log(rope["factor"]) + 1))
+        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
 
 
 def add_tokenizer(writer, config, folder: Path):
@@ -139,15 +179,18 @@ def add_tensors(writer, model, architecture: str, kind: str):
                 state[name] = halves_to_neighbours(state[name], count)
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    types = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
     for name, tensor in state.items():
         theirs = names.get_name(name, try_suffixes=(".weight",))
         if theirs is None:
             raise CheckpointError(f"llama.cpp's {architecture} has no tensor for {name}")
         array = tensor.detach().float().contiguous().numpy()
-        wanted = gguf.GGMLQuantizationType[types[kind]]
+        wanted = gguf.GGMLQuantizationType[kind.upper()]
         if array.ndim == 1 or name.endswith("mlp.gate.weight"):
             wanted = gguf.GGMLQuantizationType.F32
-        elif kind == "q8_0" and array.shape[-1] % 32:
+        elif "_" in kind and array.shape[-1] % 32:
             wanted = gguf.GGMLQuantizationType.F16  # blocks of 32 do not fill its rows
+        elif "_" in kind and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            wanted = (
+                gguf.GGMLQuantizationType.Q8_0
+            )  # a fifth of a small model, and what every token passes twice
         writer.add_tensor(theirs, gguf.quants.quantize(array, wanted), raw_dtype=wanted)

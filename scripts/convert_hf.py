@@ -69,7 +69,7 @@ def to_hf_config(config, dtype: str) -> dict:
         content |= {name: getattr(config, name) for name in MOE.split()}
         content |= {"num_experts": config.num_experts, "num_local_experts": config.num_experts}
         content |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False}
-    own = ("original_max_position_embeddings", "inference_rope_scaling", "residual_init", "dropout")
+    own = "original_max_position_embeddings inference_rope_scaling yarn_factor residual_init dropout".split()
     content[OURS] = {name: getattr(config, name) for name in own}
     return content
 
@@ -102,7 +102,7 @@ def from_hf_config(content: dict, folder: Path):
     names = SHAPE + " rope_theta num_experts " + MOE
     if kind == "minimind":
         names += " qk_norm use_moe n_shared_experts original_max_position_embeddings inference_rope_scaling"
-        names += " residual_init dropout"
+        names += " yarn_factor residual_init dropout"
         fields |= {"num_experts": content["n_routed_experts"]} if "n_routed_experts" in content else {}
     else:
         # where a file says nothing, what transformers' own classes take

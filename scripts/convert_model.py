@@ -32,9 +32,6 @@ def parse_args(argv=None):
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="hf|gguf|native|peft|lora")
     hf = kinds.add_parser("hf", help="weights of this project -> a transformers folder", allow_abbrev=False)
-    hf.add_argument(
-        "--inference_rope_scaling", type=cli.switch, default=0, metavar="0|1", help="1 = YaRN x16"
-    )
     hf.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write")
     hf.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights in it"
@@ -46,7 +43,10 @@ def parse_args(argv=None):
     gguf = kinds.add_parser("gguf", help="weights of this project -> a GGUF file", allow_abbrev=False)
     gguf.add_argument("--to", type=Path, required=True, metavar="FILE", help="file to write, .gguf")
     gguf.add_argument(
-        "--dtype", choices=("f32", "f16", "bf16", "q8_0"), default="f16", help="of the matrices in it"
+        "--dtype",
+        choices=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+        default="f16",
+        help="of the matrices in it; fewer bits are smaller and less exact",
     )
     peft = kinds.add_parser("peft", help="an adapter -> a folder of peft", allow_abbrev=False)
     peft.add_argument("--lora_weight", required=True, metavar="NAME", help="in out/lora, or a .pth file")
@@ -72,6 +72,20 @@ def parse_args(argv=None):
             g.add_argument(
                 "--lora_weight", default="None", metavar="NAMES", help="adapters to merge: a:0.5,b"
             )
+            g.add_argument(
+                "--inference_rope_scaling",
+                type=cli.switch,
+                default=0,
+                metavar="0|1",
+                help="1 = YaRN: stretch the positions of the length that the weights were trained at",
+            )
+            g.add_argument(
+                "--yarn_factor",
+                type=cli.number_type(float, above=1),
+                default=16.0,
+                metavar="X",
+                help="how far it stretches them",
+            )
     for sub in (hf, gguf, native, peft):
         sub.add_argument("--check", type=cli.switch, default=1, metavar="0|1", help="0 = no certificate")
     return parser.parse_args(argv)
@@ -85,6 +99,11 @@ def load(args, **overrides):
     args.preset = None
     path, tokenizer = eval_llm.find_weights(args), eval_llm.load_tokenizer(args.tokenizer)
     return path, *checkpoint.load_model(path, tokenizer, **overrides), tokenizer
+
+
+def positions(args) -> dict:
+    scaled = {"inference_rope_scaling": True, "yarn_factor": args.yarn_factor}
+    return scaled if args.inference_rope_scaling else {}
 
 
 def merge(args, model, path, metadata):
@@ -101,8 +120,7 @@ def to_hf(args):
     from scripts.convert_hf import write_folder
     from trainer.checkpoint import shown
 
-    overrides = {"inference_rope_scaling": True} if args.inference_rope_scaling else {}
-    path, model, metadata, tokenizer = load(args, **overrides)
+    path, model, metadata, tokenizer = load(args, **positions(args))
     merge(args, model, path, metadata)
     write_folder(model, args.tokenizer, args.to, args.dtype)
     print(f"wrote {shown(args.to)} from {shown(path)}")
@@ -114,13 +132,14 @@ def to_hf(args):
 
 def to_gguf(args):
     from scripts.certificate import certify_gguf
-    from scripts.convert_gguf import write_gguf
+    from scripts.convert_gguf import write_gguf, write_modelfile
     from trainer.checkpoint import shown
 
-    path, model, metadata, tokenizer = load(args)
+    path, model, metadata, tokenizer = load(args, **positions(args))
     merge(args, model, path, metadata)
     write_gguf(model, args.tokenizer, args.to, args.dtype, args.to.stem)
     print(f"wrote {shown(args.to)} ({args.to.stat().st_size / 2**20:.1f} MB) from {shown(path)}")
+    print(f"wrote {shown(write_modelfile(args.to, model.config))}: ollama create {args.to.stem} -f it")
     certificate = certify_gguf(args.to, model, tokenizer, args.dtype) if args.check else UNCHECKED
     finish(certificate, args.to.with_suffix(".parity.json"))
 

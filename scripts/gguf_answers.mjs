@@ -1,5 +1,6 @@
-// Token ids and greedy answers of a GGUF file by llama.cpp (the npm package node-llama-cpp), for the certificate
-// of scripts/convert_model.py. Arguments: folder of the package, GGUF file, file with the questions (JSON).
+// What llama.cpp (the npm package node-llama-cpp) makes of a GGUF file, for the certificate of
+// scripts/convert_model.py: token ids of texts, greedy answers to prompts, and the likeliest next token at every
+// place of given token lists. Arguments: folder of the package, GGUF file, file with the questions (JSON).
 import fs from "fs";
 import os from "os";
 import path from "path";
@@ -8,7 +9,7 @@ import {pathToFileURL} from "url";
 const [, , packageFolder, file, questions] = process.argv;
 const entry = path.join(packageFolder, "dist", "index.js");
 const {getLlama} = await import(pathToFileURL(entry).href);
-const {texts, prompts, length} = JSON.parse(fs.readFileSync(questions, "utf8"));
+const {texts, prompts, length, told} = JSON.parse(fs.readFileSync(questions, "utf8"));
 const version = JSON.parse(fs.readFileSync(path.join(packageFolder, "package.json"), "utf8")).version;
 
 // More threads than cores wait for each other: a hundred times as slow.
@@ -29,5 +30,12 @@ for (const prompt of prompts) {
     }
     answers.push(answer);
 }
-console.log(JSON.stringify({version, ids, answers}));
+const likeliest = [];
+const next = {generateNext: {token: true, options: {temperature: 0}}};
+for (const tokens of told) {
+    await sequence.clearHistory();
+    const results = await sequence.controlledEvaluate(tokens.map((token) => [token, next]));
+    likeliest.push(results.map((result) => result.next.token));
+}
+console.log(JSON.stringify({version, ids, answers, likeliest}));
 process.exit(0);

@@ -1,7 +1,12 @@
 """Weights that go to transformers and come back: the same bits, the same answers, and a certificate that can
 fail."""
 
+import itertools
 import json
+import math
+import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -172,11 +177,17 @@ def test_without_a_tokenizer_nothing_is_certified(tmp_path):
     assert "not checked" in certificate["checked"] and "passed" not in certificate
 
 
+def gguf_reader(path):
+    import gguf
+
+    return gguf.GGUFReader(path)
+
+
 def read_gguf(path):
     """(settings, tensors as float32) of a GGUF file, read by the package gguf."""
     import gguf
 
-    reader = gguf.GGUFReader(path)
+    reader = gguf_reader(path)
     settings = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {
         t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors
@@ -227,14 +238,115 @@ def test_types_of_a_gguf_file(tmp_path):
     model = random_model(qk_norm=True, intermediate_size=112)
     save(model, tmp_path)
     matrix, sizes = model.state_dict()["model.layers.0.mlp.up_proj.weight"], {}
-    for dtype, off in (("f32", 0), ("bf16", 2**-8), ("f16", 2**-11), ("q8_0", 1 / 100)):
+    kinds = ("f32", 0), ("bf16", 2**-8), ("f16", 2**-11), ("q8_0", 1 / 100), ("q5_1", 1 / 25), ("q4_0", 1 / 8)
+    for dtype, off in kinds:
         path = tmp_path / f"{dtype}.gguf"
         convert("gguf", "--save_dir", tmp_path, "--to", path, "--dtype", dtype, "--check", 0)
         _, tensors = read_gguf(path)
         assert (tensors["blk.0.ffn_up.weight"] - matrix).abs().max() <= off * matrix.abs().max()
         assert torch.equal(tensors["output_norm.weight"], model.model.norm.weight.detach())
         sizes[dtype] = path.stat().st_size
-    assert sizes["q8_0"] < sizes["f16"] == sizes["bf16"] < sizes["f32"]
+    assert sizes["q4_0"] < sizes["q5_1"] < sizes["q8_0"] < sizes["f16"] == sizes["bf16"] < sizes["f32"]
+    reader = gguf_reader(tmp_path / "q4_0.gguf")
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    expected = {"blk.0.attn_q": "Q4_0", "blk.0.ffn_down": "F16", "token_embd": "Q8_0", "output_norm": "F32"}
+    assert {name: types[f"{name}.weight"] for name in expected} == expected  # rows of ffn_down: 112 numbers
+
+
+def test_yarn_in_a_gguf_file(tmp_path):
+    """llama.cpp multiplies 0.1 ln(factor) + 1 in by itself: ours, without temperature, has to take it out."""
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e5)
+    for name, fields, temperature in (
+        (
+            "ours",
+            dict(inference_rope_scaling=True, yarn_factor=4.0, original_max_position_embeddings=64),
+            1.0,
+        ),
+        ("paper", dict(rope_parameters=yarn), 0.1 * math.log(4) + 1),
+    ):
+        save(random_model(**fields), tmp_path, name)
+        convert("gguf", "--save_dir", tmp_path, "--weight", name, "--to", tmp_path / f"{name}.gguf")
+        settings, _ = read_gguf(tmp_path / f"{name}.gguf")
+        scaling = {k.removeprefix("llama.rope.scaling."): v for k, v in settings.items() if "scaling" in k}
+        own = scaling.pop("attn_factor") * (0.1 * math.log(4) + 1)
+        assert own == pytest.approx(temperature)
+        assert scaling.pop("type") == "yarn" and scaling.pop("factor") == 4
+        assert scaling.pop("original_context_length") == 64
+        assert scaling == {"yarn_beta_fast": 32, "yarn_beta_slow": 1}
+
+
+def test_a_modelfile_for_ollama(tmp_path):
+    config = dict(inference_rope_scaling=True, yarn_factor=4.0, original_max_position_embeddings=512)
+    save(random_model(**config), tmp_path)
+    convert("gguf", "--save_dir", tmp_path, "--to", tmp_path / "my.gguf", "--check", 0)
+    text = (tmp_path / "my.Modelfile").read_text(encoding="utf-8")
+    settings, template = text.split('TEMPLATE """')
+    assert settings.splitlines()[:2] == ["FROM ./my.gguf", "PARAMETER num_ctx 2048"]
+    assert all(line.split()[0] in ("FROM", "PARAMETER") for line in settings.splitlines())
+    assert 'PARAMETER stop "<|im_end|>"' in settings and template.endswith('"""\n')
+    assert all(word in template for word in (".System", ".Tools", ".Messages", ".Thinking", ".ToolCalls"))
+
+
+def in_ollamas_words(messages: list[dict], tools: list[dict], think: bool) -> dict:
+    """A conversation as Ollama's server hands it to a template."""
+    spoken = []
+    for message in messages:
+        calls = [
+            {"Function": dict(Name=c["name"], Arguments=c["arguments"])} for c in message.get("calls", ())
+        ]
+        thoughts = message.get("reasoning_content", "")
+        text = dict(Role=message["role"], Content=message["content"], Thinking=thoughts, ToolCalls=calls)
+        spoken.append(text)
+    system = spoken.pop(0)["Content"] if spoken[0]["Role"] == "system" else ""
+    about = [{"Function": tool["function"]} for tool in tools]
+    return dict(System=system, Tools=about, Messages=spoken, Think=think, IsThinkSet=True)
+
+
+@pytest.mark.slow
+def test_the_template_for_ollama_says_what_ours_says(tmp_path):
+    """Rendered by text/template of Go, which is Ollama's; JSON is spaced otherwise there."""
+    if shutil.which("go") is None:
+        pytest.skip("needs the go command")
+    tokenizer, folder = checkpoint.load_tokenizer(), convert_model.ROOT
+    parameters = {"properties": {"city": {"type": "string"}}, "type": "object"}
+    tool = {"name": "weather", "description": "Weather of a city", "parameters": parameters}
+    tools = [{"type": "function", "function": tool}]
+    system, user = {"role": "system", "content": "Be kind."}, {"role": "user", "content": '你好, "you"\n<b>'}
+    answer = {"role": "assistant", "content": "Hello!"}
+    thought = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}
+    call = {"name": "weather", "arguments": {"city": "Rome"}}
+    asks = {"role": "assistant", "content": "", "calls": [call, call]}
+    says = {"role": "assistant", "content": "Let me look.", "calls": [call]}
+    results = [{"role": "tool", "content": "sunny"}, {"role": "tool", "content": "18"}]
+    conversations = (
+        [user],
+        [system, user, answer, user],
+        [user, thought, user],
+        [user, asks, *results],
+        [system, user, says, results[0], answer, user],
+    )
+    program = str(tmp_path / "render")
+    subprocess.run(["go", "build", "-o", program, str(folder / "tests" / "render_ollama.go")], check=True)
+    template = (folder / "scripts" / "ollama.template").read_text(encoding="utf-8").rstrip("\n")
+    (tmp_path / "t").write_text(template, encoding="utf-8")
+    for messages, some_tools, think in itertools.product(conversations, ([], tools), (False, True)):
+        own = [{**m, "tool_calls": m["calls"]} if "calls" in m else m for m in messages]
+        settings = dict(tokenize=False, add_generation_prompt=True, open_thinking=think)
+        expected = tokenizer.apply_chat_template(own, tools=some_tools or None, **settings)
+        content = in_ollamas_words(messages, some_tools, think)
+        (tmp_path / "c.json").write_text(json.dumps(content), encoding="utf-8")
+        command = [program, str(tmp_path / "t"), str(tmp_path / "c.json")]
+        rendered = subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
+        tight = [re.sub(r'([":,\]}]) (?=["{\[])', r"\1", text) for text in (rendered, expected)]
+        assert re.sub(r"\{[^\n]*\}", sort_json, tight[0]) == re.sub(r"\{[^\n]*\}", sort_json, tight[1])
+
+
+def sort_json(found) -> str:
+    """A line of JSON in one spelling; what is none stays."""
+    try:
+        return json.dumps(json.loads(found[0]), sort_keys=True)
+    except ValueError:
+        return found[0]
 
 
 def test_without_llama_cpp_a_gguf_file_is_not_checked(tmp_path, monkeypatch, capsys):
@@ -245,14 +357,8 @@ def test_without_llama_cpp_a_gguf_file_is_not_checked(tmp_path, monkeypatch, cap
     certificate = json.loads((tmp_path / "m.parity.json").read_text())
     assert "not checked" in certificate["checked"] and "passed" not in certificate
     assert "exists already" in refused(capsys, *to_gguf, tmp_path / "m.gguf")
-    for fields, says in (
-        (dict(inference_rope_scaling=True), "YaRN"),
-        (dict(qk_norm=True, **MOE, norm_topk_prob=False), "normalises"),
-    ):
-        save(random_model(**fields), tmp_path, "odd")
-        assert says in refused(capsys, *to_gguf, tmp_path / "x.gguf", "--weight", "odd")
-        for file in tmp_path.glob("odd*"):
-            file.unlink()
+    save(random_model(qk_norm=True, **MOE, norm_topk_prob=False), tmp_path, "odd")
+    assert "normalises" in refused(capsys, *to_gguf, tmp_path / "x.gguf", "--weight", "odd")
     tokenizer = json.loads((convert_model.ROOT / "model" / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["normalizer"] = {"type": "NFC"}
     (tmp_path / "tokenizer").mkdir()
@@ -263,10 +369,12 @@ def test_without_llama_cpp_a_gguf_file_is_not_checked(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "moe", "untied", "theta"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "moe", "untied", "theta", "yarn", "yarn_moe"])
 def test_llama_cpp_answers_alike(tmp_path, kind):
     """Needs NODE_PATH with the npm package node-llama-cpp."""
-    save(random_model(**KINDS[kind][1]), tmp_path)
+    few = dict(original_max_position_embeddings=16, inference_rope_scaling=True)
+    random = {"yarn": few, "yarn_moe": few | KINDS["moe"][1]}.get(kind) or KINDS[kind][1]
+    save(random_model(**random), tmp_path)
     convert("gguf", "--save_dir", tmp_path, "--to", tmp_path / "m.gguf", "--dtype", "f32")
     certificate = json.loads((tmp_path / "m.parity.json").read_text())
     if "checked" in certificate:

@@ -577,9 +577,43 @@ def load_from_weight(model, args, tokenizer, rt) -> dict | None:
         raise CheckpointError(missing_weight(path, args.from_weight))
     metadata = load_weights(model, path, tokenizer)
     rt.print(f"loaded {len(model.state_dict())} tensors from {shown(path)}")
+    adopt_positions(model.config, metadata.get("config", {}), args)
+    if model.config.rope_parameters["rope_type"] == "yarn":
+        rt.print(describe_positions(model.config))
     if metadata.get("template") not in (None, template_hash(tokenizer)):
         rt.print(f"note: {shown(path)} was trained with another chat template than model/chat_template.jinja")
     return {"weight": args.from_weight, "step": metadata.get("step"), "crc32": metadata.get("crc32")}
+
+
+def adopt_positions(config, theirs: dict, args):
+    """Take from the configuration of a file what its weights know of positions: the longest length they were
+    trained at, and YaRN's settings, which they cannot do without once they were trained with them. With
+    --inference_rope_scaling 1 weights without such are stretched from that length."""
+    if args.original_max_position_embeddings is None:
+        length = theirs.get("original_max_position_embeddings", config.original_max_position_embeddings)
+        config.original_max_position_embeddings = length
+    if theirs.get("rope_parameters", {}).get("rope_type") == "yarn":
+        config.rope_parameters = dict(theirs["rope_parameters"])
+        for name in ("inference_rope_scaling", "yarn_factor", "max_position_embeddings"):
+            setattr(config, name, theirs.get(name, getattr(config, name)))
+    elif config.inference_rope_scaling:
+        config.stretch_positions()
+
+
+def describe_positions(config) -> str:
+    rope = config.rope_parameters
+    return f"positions: YaRN x{rope['factor']:g} over {rope['original_max_position_embeddings']:,}"
+
+
+def note_length(config, dataset, args, fresh: bool):
+    """Write the length of what will be learned into the configuration, as the longest length its weights were
+    trained at, where they have not met a longer one before. fresh: they were trained on nothing before. With
+    YaRN it stays the length before stretching, which YaRN needs."""
+    length = getattr(dataset, "length_of_pieces", None)
+    plain = config.rope_parameters["rope_type"] == "default"
+    if length and plain and args.original_max_position_embeddings is None:
+        before = 0 if fresh else config.original_max_position_embeddings
+        config.original_max_position_embeddings = max(length, before)
 
 
 def load_parent(args, parent: dict | None, tokenizer, rt):
@@ -770,6 +804,7 @@ def find_resume(args, config, tokenizer, data: str, num_rows: int, rt) -> dict |
             "or start a new run with --from_resume 0, for example from its weights with --from_weight "
             f"{args.save_weight}"
         )
+    adopt_positions(config, content["config"], args)
     if str(args.use_compile) != content["settings"]["use_compile"]:
         rt.print("torch.compile was switched; the continuation will not be bit-equal")
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
@@ -817,7 +852,8 @@ def changed_settings(content: dict, args, config, run: dict) -> list[str]:
     for field in ARCHITECTURE_FIELDS + ("dropout", "router_aux_loss_coef"):
         if field not in MOE_FIELDS or config.use_moe:
             compare(f"--{field}", theirs.get(field), mine.get(field))
-    compare("rotary positions", theirs.get("rope_parameters"), mine.get("rope_parameters"))
+    for name in ("inference_rope_scaling", "yarn_factor", "original_max_position_embeddings"):
+        compare(f"--{name}", old.get(name), getattr(args, name, None))
     compare(
         "rows per step (--batch_size x --accumulation_steps)",
         old["batch_size"] * old["accumulation_steps"],

@@ -37,8 +37,16 @@ ARCHITECTURE = {
     ),
     "vocab_size": ("int", "entries of the embedding; must match the tokenizer (6400)"),
     "max_position_embeddings": ("int", "positions the rotary table covers (32768)"),
-    "original_max_position_embeddings": ("int", "positions trained before YaRN stretches them (2048)"),
-    "inference_rope_scaling": ("bool", "1 = YaRN x16 from the start (0)"),
+    "original_max_position_embeddings": (
+        "int",
+        "longest length the weights were trained at; without it what their file says (2048)",
+    ),
+    "inference_rope_scaling": (
+        "bool",
+        "1 = YaRN: the positions of the length that --from_weight was trained at are stretched, so that "
+        "--max_seq_len can go beyond (0)",
+    ),
+    "yarn_factor": ("float", "how far YaRN stretches (16)"),
     "rope_theta": ("float", "base of the rotary frequencies (1e6)"),
     "rms_norm_eps": ("float", "epsilon of the norms (1e-5)"),
     "qk_norm": ("bool", "1 = RMSNorm on query and key heads, as Qwen3 (0)"),

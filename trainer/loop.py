@@ -88,6 +88,7 @@ class Run:
         if self.saved is not None:
             checkpoint.require_same_parent(self.saved, self.parent, self.frozen_base, args)
             self.parent = self.saved["run"]["parent"]
+        checkpoint.note_length(model.config, self.train, args, self.saved is None and self.parent is None)
         return model
 
     def prepare(self, model, dynamic=False):
