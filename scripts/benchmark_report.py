@@ -193,7 +193,7 @@ def draw(results: list[dict], picture: Path) -> bool:
             [v - low for v, (low, _) in zip(values, bounds)],
             [b[1] - v for v, b in zip(values, bounds)],
         ]
-        shift = (i - (len(series) - 1) / 2) * (0.08 if radar else 0.8) * turn / len(series)
+        shift = (i - (len(series) - 1) / 2) * (0.3 if radar else 0.8) * turn / len(series)
         at = [turn * place + shift for place in range(len(names))]
         if radar:
             (line,) = axes.plot(around(at), around(values), linewidth=1.2, label=label)
@@ -210,11 +210,14 @@ def draw(results: list[dict], picture: Path) -> bool:
         axes.hlines(chance, starts, ends, "black", "dashed", linewidth=1, label="by chance")
         axes.set_ylabel("%")
     axes.set_xticks(places, names)
+    for label, place in zip(axes.get_xticklabels(), places if radar else ()):
+        side = round(math.cos(place))  # beside the circle, not over it
+        label.set_horizontalalignment({-1: "right", 0: "center", 1: "left"}[side])
     axes.set_title("acc_norm in %, with 95 % intervals")
     figure.legend(loc="outside right upper")
     picture.parent.mkdir(parents=True, exist_ok=True)
     temporary = picture.with_name(f".{picture.name}.part")
-    figure.savefig(temporary, format="png", dpi=130)
+    figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
     temporary.replace(picture)
     return True
 
