@@ -145,7 +145,7 @@ class MiniMindConfig(PretrainedConfig):
         rope["rope_theta"] = float(rope.get("rope_theta", rope_theta))
         self.rope_theta = rope["rope_theta"]
         self.rope_parameters = rope
-        if rope["rope_type"] == "yarn":  # which names its length itself, or else means this one
+        if rope["rope_type"] != "default":  # which names its length itself, or else means this one
             length = rope.setdefault("original_max_position_embeddings", original_max_position_embeddings)
             self.original_max_position_embeddings = length
         if inference_rope_scaling and rope["rope_type"] == "default":
@@ -231,16 +231,24 @@ def rope_frequencies(head_dim: int, rope_parameters: dict) -> tuple[torch.Tensor
     frequencies that turn more than beta_fast times within the original context stay, those that turn less
     than beta_slow times are divided by `factor`, in between a linear ramp. Without attention_factor the
     temperature 0.1 ln(factor) + 1 applies.
+
+    llama3: the same with a ramp over the number of turns, from low_freq_factor to high_freq_factor, without
+    temperature (Llama 3.1; read by us to run such weights).
     """
     base = rope_parameters["rope_theta"]
     freqs = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     kind = rope_parameters.get("rope_type", "default")
     if kind == "default":
         return freqs, 1.0
-    if kind != "yarn":
-        raise ValueError(f"rope_type {kind!r} is not supported: use default or yarn")
+    if kind not in ("yarn", "llama3"):
+        raise ValueError(f"rope_type {kind!r} is not supported: use default, yarn or llama3")
     factor = rope_parameters["factor"]
     original = rope_parameters["original_max_position_embeddings"]
+    if kind == "llama3":
+        turns = original * freqs / (2 * math.pi)
+        slow, fast = rope_parameters["low_freq_factor"], rope_parameters["high_freq_factor"]
+        ramp = ((turns - slow) / (fast - slow)).clamp(0, 1)
+        return freqs * ramp + freqs / factor * (1 - ramp), 1.0
 
     def dimension_that_turns(times: float) -> float:
         return head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))

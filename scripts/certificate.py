@@ -59,10 +59,10 @@ def rounded(model, dtype: str):
     return twin.eval()
 
 
-def certify_transformers(folder, model, tokenizer, dtype: str, adapter=None) -> dict:
-    """The certificate of a transformers folder against a MiniMindLM and its tokenizer, both in float32. No
-    code that comes with the folder is run. adapter: a folder of peft that is put on it (`model` has its own
-    merged)."""
+def certify_transformers(folder, model, tokenizer, dtype: str, adapter=None, code: bool = False) -> dict:
+    """The certificate of a transformers folder against a MiniMindLM and its tokenizer, both in float32.
+    adapter: a folder of peft that is put on it (`model` has its own merged). code: run the code that is in
+    the folder, which nobody else than write_folder may have put there."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,7 +70,8 @@ def certify_transformers(folder, model, tokenizer, dtype: str, adapter=None) -> 
     from model.generation import Generator
 
     runtime = f"transformers {transformers.__version__}"
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    options = {"dtype": torch.float32, "trust_remote_code": code}
+    theirs = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     target = type(theirs).__name__
     if adapter is not None:
         try:
@@ -79,7 +80,7 @@ def certify_transformers(folder, model, tokenizer, dtype: str, adapter=None) -> 
             return {"checked": "not checked: peft is not installed (pip install peft)"}
         theirs = peft.PeftModel.from_pretrained(theirs, adapter).eval()
         runtime, target = f"{runtime}, peft {peft.__version__}", f"{target} with an adapter"
-    their_tokenizer = AutoTokenizer.from_pretrained(folder)
+    their_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
     ours = rounded(model, dtype)
     engine, eos = Generator(ours, dtype="float32"), model.config.eos_token_id
     differences, alike = [], 0

@@ -40,6 +40,8 @@ def write_gguf(model, tokenizer_folder: Path, path: Path, kind: str, name: str):
     config, architecture = model.config, ARCHITECTURES[model_type(model.config)]
     if config.use_moe and not config.norm_topk_prob:
         raise CheckpointError("llama.cpp normalises the weights of the chosen experts; this model does not")
+    if config.rope_parameters["rope_type"] == "llama3":
+        raise CheckpointError("positions of rope_type llama3 are not written as GGUF: default and yarn are")
     if path.exists():
         raise CheckpointError(f"{shown(path)} exists already: name another file, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)

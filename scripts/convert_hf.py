@@ -37,12 +37,13 @@ def model_type(config) -> str:
         return "qwen3" if config.qk_norm else "llama"
     if config.n_shared_experts:
         raise CheckpointError(
-            f"a mixture with {config.n_shared_experts} shared experts fits no class of transformers; "
-            "MiniMindForCausalLM.save_pretrained writes it for this project's own class"
+            f"a mixture with {config.n_shared_experts} shared experts fits no class of transformers: "
+            "hf --code 1 writes it with the code of this project's own class"
         )
     if not config.qk_norm:
         raise CheckpointError(
-            "a mixture without QK-norm fits no class of transformers: Qwen3-MoE has QK-norm"
+            "a mixture without QK-norm fits no class of transformers, Qwen3-MoE has QK-norm: hf --code 1 "
+            "writes it with the code of this project's own class"
         )
     return "qwen3_moe"
 
@@ -122,8 +123,10 @@ def from_hf_config(content: dict, folder: Path):
     if rope:
         fields["rope_parameters"] = {"rope_theta": fields.get("rope_theta", 1e4), **rope}
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
-        if rope_type not in ("default", "yarn"):
-            raise CheckpointError(f"{folder}: rope_type {rope_type!r} is not possible: default and yarn are")
+        if rope_type not in ("default", "yarn", "llama3"):
+            raise CheckpointError(
+                f"{folder}: rope_type {rope_type!r} is not possible: default, yarn and llama3 are"
+            )
     eos = fields.get("eos_token_id")
     fields["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
     try:
@@ -218,18 +221,38 @@ def load_folder(folder: Path):
     return model.eval(), content
 
 
-def write_folder(model, tokenizer_folder: Path, folder: Path, dtype: str):
-    """A MiniMindLM as a transformers folder. It appears whole or not at all; one that exists is not touched.
-    Raises CheckpointError."""
+def write_code(config, folder: Path, dtype: str) -> dict:
+    """The model's own files into a folder, for `trust_remote_code=True`, where no class of transformers fits;
+    returns the content of config.json. transformers copies the files that lines `from .file import` name, so
+    the imports become such lines."""
+    here = Path(__file__).resolve().parents[1] / "model"
+    for name in ("model_minimind.py", "hf_minimind.py", "precision.py"):
+        text = (here / name).read_text(encoding="utf-8")
+        text = text.replace(
+            "from model import precision", "from . import precision\nfrom .precision import for_both_passes"
+        )
+        text = text.replace("from model.", "from .")
+        (folder / name).write_text(text, encoding="utf-8")
+    classes = {"AutoConfig": "model_minimind.MiniMindConfig"}
+    classes["AutoModelForCausalLM"] = "hf_minimind.MiniMindForCausalLM"
+    about = {"architectures": ["MiniMindForCausalLM"], "auto_map": classes, "dtype": dtype}
+    return plain_config(config) | about | {"torch_dtype": dtype}
+
+
+def write_folder(model, tokenizer_folder: Path, folder: Path, dtype: str, code: bool = False):
+    """A MiniMindLM as a transformers folder, of a class that transformers has, or with the code of its own.
+    It appears whole or not at all; one that exists is not touched. Raises CheckpointError."""
     import torch
     from safetensors.torch import save_file
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{shown(folder)} exists already: name another folder, or remove it")
-    content = to_hf_config(model.config, dtype)
+    content = None if code else to_hf_config(model.config, dtype)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    if code:
+        content = write_code(model.config, part, dtype)
     tied = model.config.tie_word_embeddings
     state = {
         name: tensor.detach().to("cpu", getattr(torch, dtype)).contiguous()

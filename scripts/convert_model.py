@@ -36,6 +36,13 @@ def parse_args(argv=None):
     hf.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights in it"
     )
+    hf.add_argument(
+        "--code",
+        type=cli.switch,
+        default=0,
+        metavar="0|1",
+        help="1 = of this project's own class, with its code, for what fits no class of transformers",
+    )
     native = kinds.add_parser("native", help="a transformers folder -> a weight file", allow_abbrev=False)
     native.add_argument("--folder", type=Path, required=True, metavar="DIR", help="with config.json")
     native.add_argument("--name", metavar="NAME", help="of the file NAME_WIDTH.pth, without it the folder's")
@@ -122,11 +129,11 @@ def to_hf(args):
 
     path, model, metadata, tokenizer = load(args, **positions(args))
     merge(args, model, path, metadata)
-    write_folder(model, args.tokenizer, args.to, args.dtype)
+    write_folder(model, args.tokenizer, args.to, args.dtype, bool(args.code))
     print(f"wrote {shown(args.to)} from {shown(path)}")
     certificate = UNCHECKED
     if args.check:
-        certificate = certify_transformers(args.to, model, tokenizer, args.dtype)
+        certificate = certify_transformers(args.to, model, tokenizer, args.dtype, code=bool(args.code))
     finish(certificate, args.to / "parity.json")
 
 

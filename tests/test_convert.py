@@ -4,9 +4,11 @@ fail."""
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -147,7 +149,10 @@ def test_both_generations_of_transformers_are_told_the_same():
 
 
 SMALL = dict(SHAPE, vocab_size=300)
+LLAMA3 = dict(rope_type="llama3", rope_theta=5e3, factor=8.0, original_max_position_embeddings=16)
+LLAMA3 |= dict(low_freq_factor=1.0, high_freq_factor=4.0)
 THEIRS = {
+    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=dict(LLAMA3))),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True)),
     "moe": lambda: Qwen3MoeForCausalLM(
@@ -396,6 +401,65 @@ def save_lora(folder, name="lora_a", **settings):
     return path
 
 
+CLEAN = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+torch.save(model(torch.arange(5, 25)[None]).logits, sys.argv[2])
+print(model.generate(torch.tensor([[1, 5]]), max_new_tokens=3).shape)
+"""
+
+
+def test_shared_experts_go_with_their_code(tmp_path):
+    """In a process that knows nothing of this project; and back without running that code."""
+    model = random_model(use_moe=True, num_experts=2, moe_intermediate_size=32)
+    path = save(model, tmp_path)
+    convert("hf", "--save_dir", tmp_path, "--to", tmp_path / "hf", "--code", 1)
+    certificate = json.loads((tmp_path / "hf" / "parity.json").read_text())
+    assert certificate["passed"] and certificate["target"] == "MiniMindForCausalLM"
+    command = [sys.executable, "-c", CLEAN, str(tmp_path / "hf"), str(tmp_path / "logits")]
+    where = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "home")}
+    subprocess.run(command, cwd=tmp_path, env=where, check=True)
+    expected = model(torch.arange(5, 25)[None]).logits
+    assert (torch.load(tmp_path / "logits") - expected).abs().max() < 1e-5
+    convert("native", "--folder", tmp_path / "hf", "--name", "back", "--save_dir", tmp_path)
+    first, second = (checkpoint.read_weights(p) for p in (path, tmp_path / "back_64_moe.pth"))
+    assert (
+        all(torch.equal(first[0][k], second[0][k]) for k in first[0])
+        and first[1]["config"] == second[1]["config"]
+    )
+
+
+def test_trl_trains_what_we_wrote(tmp_path):
+    """Two steps of trl's SFTTrainer, with losses on answers alone: our template has the marks it asks for."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    save(random_model(qk_norm=True), tmp_path)
+    convert("hf", "--save_dir", tmp_path, "--to", tmp_path / "hf", "--check", 0)
+    talk = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small model."}]
+    settings = SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        assistant_only_loss=True,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+    )
+    data = Dataset.from_list([{"messages": talk}] * 8)
+    trainer = SFTTrainer(str(tmp_path / "hf"), args=settings, train_dataset=data)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    trainer.save_model(tmp_path / "trained")
+    convert("native", "--folder", tmp_path / "trained", "--name", "trained", "--save_dir", tmp_path)
+    assert json.loads((tmp_path / "trained_64.parity.json").read_text())["passed"]
+
+
 def test_adapters_are_merged(tmp_path):
     save_lora(tmp_path)
     convert("hf", "--save_dir", tmp_path, "--to", tmp_path / "hf", "--lora_weight", "lora_a")
@@ -518,7 +582,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
         ({"attention_bias": True}, "attention_bias = True"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "'llama3' is not possible"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "'dynamic' is not possible"),
         ({"num_hidden_layers": 3}, "do not fit"),
         ({"num_attention_heads": "four"}, "num_attention_heads = 'four' is no whole number"),
     ):
