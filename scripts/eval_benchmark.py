@@ -336,9 +336,11 @@ def examine(native, tasks, texts, args, folder: Path) -> tuple[dict, dict]:
     """(content of the results file, records by name of the entry). What is known is printed, and written."""
     result, samples, start = describe(native, args), {}, time.perf_counter()
     for entry, records in measurements(native, tasks, texts, args):
+        before = result.get("seconds", 0.0)
+        result["seconds"] = round(time.perf_counter() - start, 1)
+        entry["seconds"] = round(result["seconds"] - before, 1)
         result["tasks"].append(entry)
         result["means"] = report.means(result["tasks"])
-        result["seconds"] = round(time.perf_counter() - start, 1)
         samples[entry["name"]] = records
         report.write_results(result, folder)
         print("\n".join([report.row_of(result["name"], entry), *report.subject_lines(entry)]), flush=True)

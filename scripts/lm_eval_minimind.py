@@ -12,6 +12,7 @@ scores are those of scripts/scoring.py. Whatever else lm_eval offers works as ev
 transformers.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def load(settings: dict):
     return eval_llm.Native(args)
 
 
+@functools.cache  # a name is given once
 def register():
     """Make lm_eval know the model; -> its class. Raises ImportError without lm_eval."""
     from lm_eval.api.model import LM
@@ -95,7 +97,7 @@ def register():
         def generate_until(self, requests, disable_tqdm=False):
             texts = []
             for context, settings in (request.args for request in requests):
-                texts.append((context, *sampling(settings)))
+                texts.append((context, sampling(settings)))
             found: list = [None] * len(texts)
             for wanted in {repr(how): how for _, how in texts}.values():  # those alike in one go
                 rows = [i for i, (_, how) in enumerate(texts) if how == wanted]
