@@ -21,6 +21,7 @@ Every complaint is a `DataError` that says file, line, what is wrong and what to
 
 import csv
 import io
+import json
 import random
 import re
 import sys
@@ -278,6 +279,11 @@ def shape_of(row: dict) -> tuple:
     """(question, texts of the choices, labels that an answer may be); no choices for a number."""
     question = next((row[k] for k in ("question", "question_stem", "goal", "ctx") if k in row), None)
     choices = row.get("choices", row.get("endings"))
+    if isinstance(choices, str):  # a cell of a CSV file
+        try:
+            choices = json.loads(choices)
+        except ValueError:
+            raise RowError('"choices" is a text that is no JSON list, such as ["yes", "no"]') from None
     if isinstance(question, dict):
         question, choices = question.get("stem"), question.get("choices", choices)
     if question is None:
@@ -292,9 +298,11 @@ def shape_of(row: dict) -> tuple:
     elif "endings" in row:
         labels = [str(i) for i in range(len(choices or ()))]
     elif choices is None and "a" in row:
-        letters = [c for i, c in enumerate(LETTERS) if all(d.lower() in row for d in LETTERS[: i + 1])]
+        letters = [c for c in LETTERS if c.lower() in row]
+        if "".join(letters) != LETTERS[: len(letters)]:
+            raise RowError(f"its choices are {', '.join(letters)}: one is missing between them")
         choices = [row[c.lower()] for c in letters]
-        while len(choices) > 2 and choices[-1] in (None, ""):  # a column that only some questions use
+        while len(choices) > 4 and choices[-1] in (None, ""):  # E, F, ... that only some questions use
             choices.pop()
     elif isinstance(choices, dict):
         choices, labels = choices.get("text"), choices.get("label")

@@ -8,8 +8,8 @@
 
 Multiple choice is scored by log-likelihood: the right choice must be the likeliest continuation, counted as
 it is (acc) or per character (acc_norm). Questions without choices (GSM8K) are answered by greedy decoding.
-Which files: see scripts/benchmark_tasks.py. Results: a table, eval/WEIGHT_WIDTH.json in the folder of the
-weights, and a line in eval/results.jsonl. docs/evaluation.md says what the numbers mean.
+Which files: see scripts/benchmark_tasks.py. Results: a table, eval/WEIGHT_WIDTH.json in --save_dir, and a
+line in eval/results.jsonl there. docs/evaluation.md says what the numbers mean.
 """
 
 import argparse
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
 import eval_llm
 from scripts import benchmark_report as report
 from scripts import benchmark_tasks as tasks_of
-from scripts.benchmark_tasks import Task
+from scripts.benchmark_tasks import DataError, Task
 from trainer import cli
 
 RULES = ("option", "letter")
@@ -167,7 +167,11 @@ def ask_choices(native, task: Task, rule: str, args) -> tuple[list[dict], int]:
     requests = scoring.encode_pairs(native.tokenizer, pairs, bool(args.add_bos_token))
     limit = min(args.max_length or 1 << 40, native.engine.config.max_position_embeddings)
     cut = sum(len(context) + len(continuation) - 1 > limit for context, continuation in requests)
-    scores = iter(scoring.log_likelihoods(native.engine, requests, limit, progress(f"{task.name}, {rule}")))
+    try:
+        scores = scoring.log_likelihoods(native.engine, requests, limit, progress(f"{task.name}, {rule}"))
+    except ValueError as error:
+        raise DataError(f"{task.name}: {error}; give a larger --max_length, or shorter choices") from None
+    scores = iter(scores)
     records = []
     for item in items:
         texts = tasks_of.answers(item, rule)
@@ -287,7 +291,7 @@ def describe(native, args) -> dict:
     adapters = f"+{args.lora_weight.replace(',', '+')}" if eval_llm.has_adapters(args) else ""
     return {
         "format": 1,
-        "name": native.path.stem + adapters,
+        "name": native.path.resolve().name.removesuffix(".pth") + adapters,
         "weights": weights | {key: native.metadata.get(key) for key in ("crc32", "stage", "parent")},
         "command": run["command"],
         "date": run["when"],
@@ -350,8 +354,6 @@ def examine(native, tasks, texts, args, folder: Path) -> tuple[dict, dict]:
 
 
 def read_texts(files: str | None) -> dict[str, str]:
-    from dataset.rows import DataError
-
     texts = {}
     for file in files.split(",") if files else ():
         try:
@@ -366,8 +368,6 @@ def read_texts(files: str | None) -> dict[str, str]:
 
 
 def read_all(args) -> list[Task]:
-    from dataset.rows import DataError
-
     tasks = []
     for source in filter(None, (args.tasks or "").split(",")):
         tasks += tasks_of.read_tasks(source, bool(args.skip_bad_rows), eval_llm.say)
@@ -383,7 +383,7 @@ def main(args):
 
     texts, tasks, folder = read_texts(args.text), read_all(args), args.save_dir / "eval"
     results, samples = [], []
-    for weight in args.weight.split(","):
+    for weight in filter(None, args.weight.split(",")):
         native = load(args, weight)
         if not results:
             print(report.HEAD, flush=True)

@@ -208,7 +208,7 @@ def score_trees(engine: Generator, trees: list, keys, values, P: int) -> list[tu
     targets = torch.tensor(targets, device=engine.device)
     log_probs = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(-1)
     lengths = [length for _, length in owners]
-    sums = [part.sum().item() for part in log_probs.double().cpu().split(lengths)]
+    sums = [part.sum().item() for part in log_probs.cpu().double().split(lengths)]
     greedy = [part.all().item() for part in (logits.argmax(-1) == targets).cpu().split(lengths)]
     return [(number, score) for (number, _), *score in zip(owners, sums, greedy)]
 

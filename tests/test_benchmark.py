@@ -40,6 +40,8 @@ FORMATS = {
     "ceval.csv": f"id,{FLAT},explanation\n0,{ROW},because\n",
     "cmmlu.csv": ",Question,A,B,C,D,Answer\n0,Which?,one,two,three,four,B\n",  # A-CLUE has the same columns
     "mmlu.csv": 'Which?,one,"two\nlines",three,four,B\n',
+    "uniform.csv": 'question,choices,answer\nWhich?,"[""w"", ""x""]",b\n',
+    "five.csv": "question,A,B,C,D,E,answer\nWhich?,w,x,y,z,,B\n",
     "tmmlu.csv": "\ufeff" + f"{FLAT}\n{ROW}\n",
     "arc.jsonl": lines(
         {
@@ -123,7 +125,8 @@ MALFORMED = {
     "empty question": (lines({**GOOD, "question": " "}), ":1: the question is empty"),
     "question is a list": (lines({**GOOD, "question": [1]}), ":1: the question must be a text"),
     "one choice": (lines({**GOOD, "choices": ["a"]}), "must be a list of 2 to 26 texts, this one has 1"),
-    "choices are text": (lines({**GOOD, "choices": "ab"}), "this one is no list"),
+    "choices are text": (lines({**GOOD, "choices": "ab"}), "is a text that is no JSON list"),
+    "choices are a number": (lines({**GOOD, "choices": 2}), "this one is no list"),
     "null choice": (lines({**GOOD, "choices": ["a", None]}), "choice B must be a text, this is null"),
     "empty choice": (lines({**GOOD, "choices": ["a", ""]}), "choice B is empty"),
     "broken text": ('{"question": "\\ud800", "choices": ["a", "b"], "answer": "A"}\n', "half a surrogate"),
@@ -160,6 +163,8 @@ MALFORMED_CSV = {
     "no header": ("a,b\nc,d\n", ":1: the first line must name the columns"),
     "lines count": (f'{FLAT}\n"Two\nlines",a,b,c,d,A\nWhich?,a,b,c,d,E\n', ":4: the answer is 'E'"),
     "no answer": (f"{FLAT}\nWhich?,a,b,c,d,\n", ":2: it has no answer"),
+    "choice missing": (f"{FLAT}\nWhich?,a,b,c,,A\n", ":2: choice D is empty"),
+    "column missing": ("question,A,B,D,answer\nWhich?,a,b,c,A\n", "its choices are A, B, D"),
     "only a header": (f"{FLAT}\n", "holds no rows"),
 }
 
@@ -488,6 +493,7 @@ def test_tools(weights):
         (["--tasks", "{good},{good}"], "two tasks are called good"),
         (["--tasks", "{good}", "--fewshot", "50"], "has 5 examples for item"),
         (["--tasks", "{good}", "--weight", "nothing"], "does not exist"),
+        (["--tasks", "{good}", "--max_length", "2"], "does not fit into 2; give a larger --max_length"),
         ([], "nothing to measure"),
         (["--tasks", "{good}", "--rule", "best"], "must be option, letter or option,letter"),
         (["--text", "missing.txt"], "missing.txt"),
