@@ -60,9 +60,8 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def add_model_flags(parser, many: bool = False):
-    """The flags that say which weights to load and how. many: a server takes several."""
-    g = parser.add_argument_group("which model")
+def add_weight_flags(g, many: bool = False):
+    """The flags by which `find_weights` finds a file. many: a server takes several."""
     more = "; several, separated by commas, are served under their names" if many else ""
     g.add_argument(
         "--weight",
@@ -90,18 +89,24 @@ def add_model_flags(parser, many: bool = False):
         help=f"width and kind of a known architecture: {', '.join(cli.PRESETS)}",
     )
     g.add_argument(
-        "--num_hidden_layers",
-        type=cli.positive_int,
-        metavar="N",
-        help="number of blocks the file must have; without it: whatever it has",
-    )
-    g.add_argument(
         "--save_dir",
         "--out_dir",
         type=Path,
         default=ROOT / "out",
         metavar="DIR",
         help="folder of the weights",
+    )
+
+
+def add_model_flags(parser, many: bool = False):
+    """The flags that say which weights to load and how. many: a server takes several."""
+    g = parser.add_argument_group("which model")
+    add_weight_flags(g, many)
+    g.add_argument(
+        "--num_hidden_layers",
+        type=cli.positive_int,
+        metavar="N",
+        help="number of blocks the file must have; without it: whatever it has",
     )
     g.add_argument(
         "--load_from",

@@ -27,6 +27,8 @@ UNCHECKED = {"checked": "not checked: --check 0"}
 
 
 def parse_args(argv=None):
+    import eval_llm
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -66,12 +68,7 @@ def parse_args(argv=None):
     )
     for sub in (hf, gguf, peft, lora):
         g = sub.add_argument_group("weights of this project")
-        g.add_argument(
-            "--weight", default="full_sft", metavar="NAME", help="as in eval_llm.py, or a .pth file"
-        )
-        g.add_argument("--hidden_size", type=cli.positive_int, metavar="N", help="without it the newest file")
-        g.add_argument("--use_moe", type=cli.switch, metavar="0|1", help="without it whichever is there")
-        g.add_argument("--save_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where they are")
+        eval_llm.add_weight_flags(g)
         g.add_argument(
             "--tokenizer", type=Path, default=ROOT / "model", metavar="DIR", help="folder of tokenizer.json"
         )
@@ -103,7 +100,6 @@ def load(args, **overrides):
     import eval_llm
     from trainer import checkpoint
 
-    args.preset = None
     path, tokenizer = eval_llm.find_weights(args), eval_llm.load_tokenizer(args.tokenizer)
     return path, *checkpoint.load_model(path, tokenizer, **overrides), tokenizer
 
