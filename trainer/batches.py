@@ -213,7 +213,7 @@ def validation_batches(dataset, args, rt):
         yield {name: tensor.to(rt.device) for name, tensor in batch.items()}
 
 
-ENOUGH_SECONDS = 4  # of equal work, to know how long the rest of it takes
+ENOUGH_SECONDS = 5  # of like work, to know how long the rest of it takes
 
 
 def enough_of(items, rt):
@@ -230,7 +230,7 @@ def enough_of(items, rt):
     for done, place in enumerate(spread, 1):
         yield items[place]
         spent = time.perf_counter() - begin
-        if done >= 2 and spent > ENOUGH_SECONDS:
+        if spent > ENOUGH_SECONDS and done >= 5 or spent > 4 * ENOUGH_SECONDS:
             rt.left_out += spent / done * (len(spread) - done)
             return
 

@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -47,7 +48,7 @@ class Rehearsal:
     peak_gb: float | None
     weights_bytes: int
     resume_bytes: int
-    compiled: float  # of start_up and first step: compiling that the run will find done
+    compiled: float  # of the first steps: compiling that the run will find done (start_up is without it)
 
 
 def show(run, model, optimizers, make, validate, before, undo, extra):
@@ -80,7 +81,8 @@ def rehearse(run, model, optimizers, make, validate, before, undo, extra) -> Reh
     from dataset.token_cache import BUILDING
 
     args, rt = run.args, run.rt
-    start_up = time.monotonic() - args.started - sum(BUILDING) + rt.left_out
+    compiled = compile_seconds()
+    start_up = time.monotonic() - args.started - sum(BUILDING) - compiled + rt.left_out
     first, _ = timed(rt, lambda: validate(model)) if before else (0.0, {})
     if args.max_minutes and not args.max_steps and undo is None:
         undo = runtime.snapshot(model, optimizers, rt)  # the run has this copy too
@@ -115,7 +117,7 @@ def rehearse(run, model, optimizers, make, validate, before, undo, extra) -> Reh
         end,
         runtime.peak_memory_gb(rt),
         *sizes,
-        compile_seconds(),
+        compile_seconds() - compiled,
     )
 
 
@@ -182,12 +184,9 @@ def timed(rt, act) -> tuple[float, object]:
 
 
 def compile_seconds() -> float:
-    """Seconds that torch.compile has spent on code which its cache will hold when the run asks for it."""
-    with contextlib.suppress(ImportError, AttributeError):
-        from torch._dynamo.utils import cumulative_time_spent_ns
-
-        return cumulative_time_spent_ns.get("fx_codegen_and_compile", 0) / 1e9
-    return 0.0
+    """Seconds that torch.compile has spent so far on code that its cache will hold when the run wants it."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes memory that the run might not need
+    return getattr(dynamo, "cumulative_time_spent_ns", {}).get("inductor_compile", 0) / 1e9
 
 
 def room_gb(rt) -> float | None:
@@ -235,7 +234,7 @@ def times(run, found: Rehearsal, args=None) -> tuple[int, dict[str, tuple[float,
     per_step = seconds_of_a_step(run, found) if made else 0.0
     start_up = max(found.start_up, 0.0)
     if args.max_minutes and not args.max_steps:
-        spent = start_up + found.first + sum(made)
+        spent = start_up + found.first + sum(made) - found.compiled
         total = len(made) + batches.steps_left(args, spent, per_step, found.validation)
     else:
         total = batches.num_steps(len(run.train), args)
@@ -396,7 +395,7 @@ def report(run, model, parts: dict, room: float | None, found, ran_out: bool) ->
     args = run.args
     bare = runtime.bare(model)
     amounts = memory(found, run, parts)
-    peak = sum(amounts.values())
+    peak = found.peak_gb if found and found.peak_gb else sum(amounts.values())
     lines = [
         "",
         "plan (nothing was trained or saved)",
@@ -423,7 +422,7 @@ def report(run, model, parts: dict, room: float | None, found, ran_out: bool) ->
         ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
         lines.append(f"time:    {seconds:.1f} s{long_time(seconds)}; begun now, it would end at {ends}")
         lines += [f"         {name:<11}{amount:8.1f} s   {how}" for name, (amount, how) in by_part.items()]
-        lines += once_lines(found)
+        lines += once_lines()
         lines.append(disk_line(args, found))
         advice += flags_that_hasten(run, bare, found, seconds)
     return lines + [("change:  " if i == 0 else "         ") + line for i, line in enumerate(advice)]
@@ -457,12 +456,12 @@ def length_lines(run, model, found: Rehearsal | None) -> list[str]:
     ]
 
 
-def once_lines(found: Rehearsal) -> list[str]:
+def once_lines() -> list[str]:
     """Time that this plan took and the run will not."""
     from dataset.token_cache import BUILDING
 
     done = [f"tokenizing {sum(BUILDING):.1f} s"] if BUILDING else []
-    done += [f"compiling {found.compiled:.1f} s"] if found.compiled > 0.05 else []
+    done += [f"compiling {compile_seconds():.1f} s"] if compile_seconds() else []
     return [f"         not in it, because it is done and kept: {', '.join(done)}"] if done else []
 
 
