@@ -75,8 +75,8 @@ def find_adapters(weights: Path) -> list[str]:
 
 
 @st.cache_resource(max_entries=2, show_spinner=False)
-def load(path: str, changed: float, adapters: tuple[str, ...]):
-    """(model, lock); `changed` is the file's time, so that a newer file is loaded."""
+def load(path: str, changed: float, adapters: tuple[str, ...], stretched: bool):
+    """(model, lock); `changed` is the file's time, so that a newer file is loaded. stretched: with YaRN."""
     import eval_llm
 
     is_file = path.endswith(".pth")
@@ -84,6 +84,7 @@ def load(path: str, changed: float, adapters: tuple[str, ...]):
     args = (
         eval_llm.parse_args([]).__dict__
         | {"weight": path, "lora_weight": ",".join(adapters) or "None"}
+        | {"inference_rope_scaling": int(stretched)}
         | folder
     )
     return eval_llm.load(SimpleNamespace(**args)), threading.Lock()
@@ -134,10 +135,11 @@ def choose_model(settings: dict):
         chosen = (
             st.multiselect(text("adapters"), adapters, key=f"adapters {path}", **KEPT) if adapters else []
         )
+        stretched = path.is_file() and st.toggle(text("yarn"), key="yarn", **KEPT, help=text("yarn_help"))
 
         def make(thinking):
             with st.spinner(text("loading")):
-                model, lock = load(str(path), path.stat().st_mtime, tuple(chosen))
+                model, lock = load(str(path), path.stat().st_mtime, tuple(chosen), stretched)
             own = {**settings, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
             own["max_new_tokens"] = own.pop("max_tokens")
             return locked(local(model, own, thinking), lock)

@@ -207,6 +207,17 @@ def test_without_weights_a_server_is_offered(tmp_path, monkeypatch):
     assert "no weights" in at.info[0].value and "none" in at.info[0].value and at.chat_input[0].disabled
 
 
+def test_long_context_reaches_the_model(folder, monkeypatch):
+    import eval_llm
+
+    asked, original = [], eval_llm.load
+    monkeypatch.setattr(eval_llm, "load", lambda args: asked.append(args) or original(args))
+    at = ask(page())
+    by_label(at.toggle, "Long context (YaRN)").set_value(True).run()
+    ask(at)
+    assert [args.inference_rope_scaling for args in asked] == [0, 1]
+
+
 def test_weights_and_adapters_that_are_found(tmp_path):
     (tmp_path / "lora").mkdir()
     names = [
