@@ -132,7 +132,10 @@ def add_tokenizer(writer, config, folder: Path):
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     pieces = content["pre_tokenizer"].get("pretokenizers", [content["pre_tokenizer"]])
     rules = [piece.get("pattern", {}).get("Regex") for piece in pieces if piece["type"] == "Split"]
-    if content["model"]["type"] != "BPE" or rules != [RULE] or content.get("normalizer"):
+    whole = any(piece["type"] == "ByteLevel" and piece.get("use_regex", True) for piece in pieces)
+    names = {(RULE,): "qwen2"} | ({(): "gpt-2"} if whole else {})  # MiniMind's own has no rule but GPT-2's
+    name = names.get(tuple(rules))
+    if content["model"]["type"] != "BPE" or name is None or content.get("normalizer"):
         raise CheckpointError(f"{shown(folder)}: llama.cpp has no name for the way this tokenizer cuts text")
     added = {token["id"]: token for token in content["added_tokens"]}
     texts = {index: text for text, index in content["model"]["vocab"].items()}
@@ -148,7 +151,7 @@ def add_tokenizer(writer, config, folder: Path):
         types.append(kind)
     merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)

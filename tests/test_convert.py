@@ -373,6 +373,28 @@ def test_without_llama_cpp_a_gguf_file_is_not_checked(tmp_path, monkeypatch, cap
     assert not list(tmp_path.glob("x.gguf*"))
 
 
+def test_minimind_releases_as_they_are(tmp_path):
+    """A half-precision state dict without a word about itself, and a tokenizer that cuts text as GPT-2's."""
+    model = random_model(qk_norm=True, num_attention_heads=8, num_key_value_heads=4)
+    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "full_sft_64.pth")
+    tokenizer = json.loads((convert_model.ROOT / "model" / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    tokenizer["pre_tokenizer"]["trim_offsets"] = True
+    theirs = tmp_path / "theirs"
+    shutil.copytree(
+        convert_model.ROOT / "model", theirs, ignore=shutil.ignore_patterns("*.py", "__pycache__")
+    )
+    (theirs / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    flags = ("--weight", tmp_path / "full_sft_64.pth", "--tokenizer", theirs)
+    convert("hf", *flags, "--to", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "parity.json").read_text())["passed"]
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert all(torch.equal(stored[name], state[name].float()) for name in stored)
+    convert("gguf", *flags, "--to", tmp_path / "m.gguf", "--check", 0)
+    assert read_gguf(tmp_path / "m.gguf")[0]["tokenizer.ggml.pre"] == "gpt-2"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "moe", "untied", "theta", "yarn", "yarn_moe"])
 def test_llama_cpp_answers_alike(tmp_path, kind):
