@@ -48,7 +48,7 @@ class Rehearsal:
     peak_gb: float | None
     weights_bytes: int
     resume_bytes: int
-    compiled: float  # of the first steps: compiling that the run will find done (start_up is without it)
+    compiled: float  # compiling that the run will find done; in none of the above
 
 
 def show(run, model, optimizers, make, validate, before, undo, extra):
@@ -81,8 +81,8 @@ def rehearse(run, model, optimizers, make, validate, before, undo, extra) -> Reh
     from dataset.token_cache import BUILDING
 
     args, rt = run.args, run.rt
-    compiled = compile_seconds()
-    start_up = time.monotonic() - args.started - sum(BUILDING) - compiled + rt.left_out
+    start_up = time.monotonic() - args.started - sum(BUILDING) - compile_seconds() + rt.left_out
+    compiled = compile_again(run, make) if str(args.use_compile) == "1" else 0.0
     first, _ = timed(rt, lambda: validate(model)) if before else (0.0, {})
     if args.max_minutes and not args.max_steps and undo is None:
         undo = runtime.snapshot(model, optimizers, rt)  # the run has this copy too
@@ -117,7 +117,7 @@ def rehearse(run, model, optimizers, make, validate, before, undo, extra) -> Reh
         end,
         runtime.peak_memory_gb(rt),
         *sizes,
-        compile_seconds() - compiled,
+        compiled,
     )
 
 
@@ -164,9 +164,7 @@ def probe_largest(run, make, done: int) -> float | None:
         if time.perf_counter() - begin > SCAN_SECONDS:
             break
     step = runtime.broadcast(largest[1], rt)
-    micro_batches = load(step)
-    micro_batches[:] = [{name: t.to(rt.device) for name, t in batch.items()} for batch in micro_batches]
-    make(step, micro_batches)
+    make(step, on_device(load(step), rt))
     return statistics.fmean(sizes)
 
 
@@ -181,6 +179,26 @@ def timed(rt, act) -> tuple[float, object]:
     result = act()
     runtime.synchronize(rt)
     return time.perf_counter() - begin + rt.left_out - left_out, result
+
+
+def compile_again(run, make) -> float:
+    """Let torch.compile do its work in a step that is not counted, and forget it. What it then finds in its
+    cache, as the run will, takes less time, and other memory, than what it has just made.
+    Returns the seconds that this will save."""
+    import torch
+
+    args, rt = run.args, run.rt
+    rows = batches.Order(len(run.train), args.seed).rows(batches.step_positions(0, len(run.train), args))
+    make(0, on_device(batches.load_step(run.train, rows, args, rt), rt))
+    seconds = compile_seconds()
+    torch.compiler.reset()
+    return seconds
+
+
+def on_device(micro_batches, rt):
+    """Micro-batches as `batches.training_steps` hands them to a stage."""
+    micro_batches[:] = [{name: t.to(rt.device) for name, t in batch.items()} for batch in micro_batches]
+    return micro_batches
 
 
 def compile_seconds() -> float:
@@ -234,7 +252,7 @@ def times(run, found: Rehearsal, args=None) -> tuple[int, dict[str, tuple[float,
     per_step = seconds_of_a_step(run, found) if made else 0.0
     start_up = max(found.start_up, 0.0)
     if args.max_minutes and not args.max_steps:
-        spent = start_up + found.first + sum(made) - found.compiled
+        spent = start_up + found.first + sum(made)
         total = len(made) + batches.steps_left(args, spent, per_step, found.validation)
     else:
         total = batches.num_steps(len(run.train), args)
@@ -246,7 +264,7 @@ def times(run, found: Rehearsal, args=None) -> tuple[int, dict[str, tuple[float,
     validations, saves = times_within(args.val_interval), times_within(args.save_interval)
     return total, {
         "start-up": (start_up, "imports, data, weights"),
-        "steps": (sum(made) + more * per_step - found.compiled, f"{total - done:,} of {per_step:.3g} s"),
+        "steps": (sum(made) + more * per_step, f"{total - done:,} of {per_step:.3g} s"),
         "validation": (
             found.first + validations * found.validation,
             f"{validations + bool(found.first)} of {found.validation:.3g} s",
@@ -271,7 +289,7 @@ def memory(found: Rehearsal | None, run, parts: dict) -> dict[str, float]:
             | {"rest": (parts["activations"] + parts["loss"]) / 1e9}
         )
     process = {"process": run.before_models}
-    return process | known | {"rest": max(0.0, found.peak_gb - sum(known.values()) - run.before_models)}
+    return process | known | {"rest": max(1e-3, found.peak_gb - sum(known.values()) - run.before_models)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -401,6 +419,7 @@ def report(run, model, parts: dict, room: float | None, found, ran_out: bool) ->
         "plan (nothing was trained or saved)",
         *size_lines(bare),
         *length_lines(run, bare, found),
+        f"machine: {runtime.describe(run.rt)}, torch.compile {'on' if args.use_compile == '1' else 'off'}",
     ]
     fits = not ran_out and (room is None or peak <= 0.9 * room)
     verdict = "fits" if fits else "tight" if found else "ran out of it" if ran_out else "does not fit"
@@ -410,7 +429,7 @@ def report(run, model, parts: dict, room: float | None, found, ran_out: bool) ->
         f"memory:  {peak:.2f} GB{each} at its peak{source}{f' of {room:.2f} GB' * bool(room)}: {verdict}"
     )
     lines.append(
-        "         " + ", ".join(f"{name} {amount:.2f}" for name, amount in amounts.items() if amount > 0.004)
+        "         " + ", ".join(f"{name} {amount:.2f}" for name, amount in amounts.items() if amount)
     )
     limit = math.inf if ran_out else 0.9 * (room or math.inf)
     advice = [] if fits else flags_that_fit(run, amounts, parts, limit)
@@ -422,7 +441,7 @@ def report(run, model, parts: dict, room: float | None, found, ran_out: bool) ->
         ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
         lines.append(f"time:    {seconds:.1f} s{long_time(seconds)}; begun now, it would end at {ends}")
         lines += [f"         {name:<11}{amount:8.1f} s   {how}" for name, (amount, how) in by_part.items()]
-        lines += once_lines()
+        lines += once_lines(found)
         lines.append(disk_line(args, found))
         advice += flags_that_hasten(run, bare, found, seconds)
     return lines + [("change:  " if i == 0 else "         ") + line for i, line in enumerate(advice)]
@@ -456,12 +475,12 @@ def length_lines(run, model, found: Rehearsal | None) -> list[str]:
     ]
 
 
-def once_lines() -> list[str]:
+def once_lines(found: Rehearsal) -> list[str]:
     """Time that this plan took and the run will not."""
     from dataset.token_cache import BUILDING
 
     done = [f"tokenizing {sum(BUILDING):.1f} s"] if BUILDING else []
-    done += [f"compiling {compile_seconds():.1f} s"] if compile_seconds() else []
+    done += [f"compiling {found.compiled:.1f} s"] if found.compiled else []
     return [f"         not in it, because it is done and kept: {', '.join(done)}"] if done else []
 
 
