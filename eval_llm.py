@@ -98,6 +98,34 @@ def add_weight_flags(g, many: bool = False):
     )
 
 
+def add_position_flags(g):
+    g.add_argument(
+        "--inference_rope_scaling",
+        nargs="?",
+        type=cli.switch,
+        const=1,
+        default=0,
+        metavar="0|1",
+        help="1 = YaRN: stretch the positions of the length that the weights say they were trained at",
+    )
+    g.add_argument(
+        "--yarn_factor",
+        type=cli.number_type(float, above=1, high=1024),
+        metavar="X",
+        help="how far it stretches them; without it 16",
+    )
+
+
+def position_overrides(args) -> dict:
+    """What these flags mean to `checkpoint.load_model`. Raises CheckpointError."""
+    if args.yarn_factor and not args.inference_rope_scaling:
+        from trainer.checkpoint import CheckpointError
+
+        raise CheckpointError("--yarn_factor stretches nothing without --inference_rope_scaling 1")
+    factor = {"yarn_factor": args.yarn_factor} if args.yarn_factor else {}
+    return {"inference_rope_scaling": True, **factor} if args.inference_rope_scaling else {}
+
+
 def add_model_flags(parser, many: bool = False):
     """The flags that say which weights to load and how. many: a server takes several."""
     g = parser.add_argument_group("which model")
@@ -126,22 +154,7 @@ def add_model_flags(parser, many: bool = False):
         else "adapters of out/lora to add: lora_identity, or lora_a:0.5,lora_b for half of one and all of "
         "another",
     )
-    g.add_argument(
-        "--inference_rope_scaling",
-        nargs="?",
-        type=cli.switch,
-        const=1,
-        default=0,
-        metavar="0|1",
-        help="1 = YaRN: stretch the positions of the length that the weights say they were trained at",
-    )
-    g.add_argument(
-        "--yarn_factor",
-        type=cli.number_type(float, above=1),
-        default=16.0,
-        metavar="X",
-        help="how far --inference_rope_scaling 1 stretches them",
-    )
+    add_position_flags(g)
     g.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     g.add_argument(
         "--dtype",
@@ -326,8 +339,7 @@ class Native:
         device = runtime.choose_device(args.device)
         self.tokenizer = load_tokenizer(args.load_from)
         overrides = {"num_hidden_layers": args.num_hidden_layers} if args.num_hidden_layers else {}
-        if args.inference_rope_scaling:
-            overrides |= {"inference_rope_scaling": True, "yarn_factor": args.yarn_factor}
+        overrides |= position_overrides(args)
         if is_folder(args.load_from):
             refuse_for_folder({f"--lora_weight {args.lora_weight}": has_adapters(args)})
             path, metadata = args.load_from, {}
@@ -348,7 +360,7 @@ class Native:
         dtype = "int8" if self.engine.int8 else str(self.engine.dtype).removeprefix("torch.")
         million = count_parameters(model)[0] / 1e6
         say(f"{checkpoint.shown(path)}: {million:.2f}M parameters, {dtype}, {device}")
-        if model.config.rope_parameters["rope_type"] == "yarn":
+        if model.config.rope_parameters["rope_type"] != "default":
             say(checkpoint.describe_positions(model.config))
 
     def encode(self, messages, open_thinking: bool, tools: list[dict] | None = None) -> list[int]:
@@ -509,8 +521,11 @@ def load_tokenizer(folder: Path):
     AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)  # it looks at a config.json beside
 
     if not (folder / "tokenizer.json").exists():
-        raise CheckpointError(f"--load_from {folder}: there is neither config.json nor tokenizer.json in it")
-    return AutoTokenizer.from_pretrained(folder)
+        raise CheckpointError(f"{folder} has no tokenizer.json (and is no transformers folder): name another")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # broken JSON, a broken tokenizer: each has errors of its own
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read ({first_line(error)})") from None
 
 
 def is_folder(path: Path) -> bool:

@@ -186,6 +186,8 @@ class MiniMindConfig(PretrainedConfig):
             )
         if self.residual_init not in ("zero", "scaled", "normal"):
             raise ValueError(f"residual_init must be zero, scaled or normal, not {self.residual_init!r}")
+        if not 1 <= self.yarn_factor <= 1024:
+            raise ValueError(f"yarn_factor ({self.yarn_factor:g}) must lie between 1 and 1024")
         k, num_experts = self.num_experts_per_tok, self.num_experts
         if self.use_moe and not 1 <= k <= num_experts:
             raise ValueError(f"num_experts_per_tok ({k}) must lie in 1..num_experts ({num_experts})")
@@ -276,7 +278,8 @@ class RotaryTable:
     def __call__(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self.tables or self.tables[device][0].shape[0] < length:
             freqs, factor = rope_frequencies(self.config.head_dim, self.config.rope_parameters)
-            positions = torch.arange(max(length, self.config.max_position_embeddings), dtype=torch.float32)
+            size = max(1 << (length - 1).bit_length(), min(self.config.max_position_embeddings, 32768))
+            positions = torch.arange(size, dtype=torch.float32)
             angles = torch.outer(positions, freqs)  # float32: bf16 positions collide past 256
             angles = torch.cat((angles, angles), dim=-1)
             self.tables[device] = ((angles.cos() * factor).to(device), (angles.sin() * factor).to(device))

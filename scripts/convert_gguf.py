@@ -42,8 +42,9 @@ def write_gguf(model, tokenizer_folder: Path, path: Path, kind: str, name: str):
         raise CheckpointError("llama.cpp normalises the weights of the chosen experts; this model does not")
     if config.rope_parameters["rope_type"] == "llama3":
         raise CheckpointError("positions of rope_type llama3 are not written as GGUF: default and yarn are")
-    if path.exists():
-        raise CheckpointError(f"{shown(path)} exists already: name another file, or remove it")
+    for file in (path, path.with_suffix(".Modelfile")):
+        if file.exists():
+            raise CheckpointError(f"{shown(file)} exists already: name another file, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     writer = gguf.GGUFWriter(part, architecture)
@@ -56,6 +57,8 @@ def write_gguf(model, tokenizer_folder: Path, path: Path, kind: str, name: str):
         writer.write_tensors_to_file()
         writer.close()
         part.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} cannot be written: {error}") from None
     finally:
         writer.close()
         part.unlink(missing_ok=True)
@@ -70,7 +73,7 @@ def write_modelfile(gguf_path: Path, config) -> Path:
     template = Path(__file__).with_name("ollama.template").read_text(encoding="utf-8").rstrip("\n")
     lines = [
         f"FROM ./{gguf_path.name}",
-        f"PARAMETER num_ctx {min(max(longest, 1024), 8192)}",
+        f"PARAMETER num_ctx {min(max(longest, 512), 8192)}",
         "PARAMETER temperature 0.85",
         "PARAMETER top_p 0.95",
         "PARAMETER repeat_penalty 1.0",

@@ -6,7 +6,9 @@ told is the configuration, in words that transformers 4 and 5 both understand (5
 reads `rope_theta` and `rope_scaling`; with one alone the other computes something else without a word).
 """
 
+import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -78,6 +80,26 @@ def to_hf_config(config, dtype: str) -> dict:
 def from_hf_config(content: dict, folder: Path):
     """The MiniMindConfig that computes what a config.json describes. Raises CheckpointError when there is
     none, and names the reason."""
+    from model.model_minimind import rope_frequencies
+
+    try:
+        config = read_config(content, folder)
+        rope_frequencies(config.head_dim, config.rope_parameters)
+        for value in config.rope_parameters.values():
+            if not isinstance(value, str | int | float | None):
+                raise ValueError(f"rope_parameters: {value!r} is no number")
+        if not isinstance(config.dropout, int | float):
+            raise ValueError(f"dropout = {config.dropout!r} is no number")
+        return config
+    except CheckpointError:
+        raise
+    except Exception as error:  # a value of another kind than it should be: each fails somewhere else
+        words = " ".join(str(error.args[0] if error.args else error).split())
+        words += " is missing" * (isinstance(error, KeyError) and " " not in words)
+        raise CheckpointError(f"{folder}: config.json cannot be used: {words[:300]}") from None
+
+
+def read_config(content: dict, folder: Path):
     from model.model_minimind import MiniMindConfig
 
     kind = content.get("model_type")
@@ -117,22 +139,27 @@ def from_hf_config(content: dict, folder: Path):
             fields["router_aux_loss_coef"] = 0.001
     fields |= {name: content[name] for name in names.split() if content.get(name) is not None}
     for name in WHOLE.split():
-        if type(fields.get(name, 0)) is not int:
-            raise CheckpointError(f"{folder}: {name} = {fields[name]!r} is no whole number")
+        if type(fields.get(name, 1)) is not int or fields.get(name, 1) < 1:
+            raise CheckpointError(f"{folder}: {name} = {fields[name]!r} is no whole number above 0")
     rope = content.get("rope_parameters") or content.get("rope_scaling")
     if rope:
         fields["rope_parameters"] = {"rope_theta": fields.get("rope_theta", 1e4), **rope}
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
+        for name in ("mscale", "mscale_all_dim", "truncate"):
+            if rope.get(name) not in (None, True):
+                raise CheckpointError(f"{folder}: {name} = {rope[name]!r} of rope_parameters is not possible")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
+            if isinstance(rope.get(name), str):
+                raise CheckpointError(f"{folder}: {name} = {rope[name]!r} of rope_parameters is no number")
+        if rope_type != "default" and "original_max_position_embeddings" not in {**rope, **fields}:
+            fields["original_max_position_embeddings"] = fields.get("max_position_embeddings", 2048)
         if rope_type not in ("default", "yarn", "llama3"):
             raise CheckpointError(
                 f"{folder}: rope_type {rope_type!r} is not possible: default, yarn and llama3 are"
             )
     eos = fields.get("eos_token_id")
-    fields["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
-    try:
-        config = MiniMindConfig(**{k: v for k, v in fields.items() if v is not None})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+    fields["eos_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
+    config = MiniMindConfig(**{k: v for k, v in fields.items() if v is not None})
     if config.num_hidden_layers != layers:
         raise CheckpointError(f"{folder}: config.json does not say how many layers there are")
     return config
@@ -159,7 +186,9 @@ def read_tensors(folder: Path) -> dict:
     """All tensors of a transformers folder, on the CPU, as they are stored. Pickled files are opened as
     tensors only."""
     if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map", {})
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{shown(folder / INDEX)} names no files (weight_map): download it again")
         files = sorted({folder / str(name) for name in weight_map.values()})
     else:
         files = [folder / "model.safetensors"]
@@ -174,6 +203,9 @@ def read_tensors(folder: Path) -> dict:
                 f"{shown(path)} does not exist: the folder is incomplete, download it again"
             )
         state |= read_file(path)
+    kinds = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(kinds) > 1:  # in a file of ours all weights are of one type; this one loses nothing
+        state = {name: tensor.float() for name, tensor in state.items()}
     return state
 
 
@@ -185,9 +217,14 @@ def read_file(path: Path) -> dict:
     from safetensors.torch import load_file
 
     try:
-        if path.suffix == ".bin":
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return load_file(path)
+        found = (
+            torch.load(path, map_location="cpu", weights_only=True)
+            if path.suffix == ".bin"
+            else load_file(path)
+        )
+        if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
+            raise CheckpointError(f"{shown(path)} does not hold tensors by name")
+        return found
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise CheckpointError(
@@ -245,29 +282,44 @@ def write_folder(model, tokenizer_folder: Path, folder: Path, dtype: str, code: 
     import torch
     from safetensors.torch import save_file
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{shown(folder)} exists already: name another folder, or remove it")
     content = None if code else to_hf_config(model.config, dtype)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    if code:
-        content = write_code(model.config, part, dtype)
     tied = model.config.tie_word_embeddings
     state = {
         name: tensor.detach().to("cpu", getattr(torch, dtype)).contiguous()
         for name, tensor in model.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }
-    save_file(state, part / "model.safetensors", metadata={"format": "pt"})
-    write_json(part / "config.json", content)
-    shutil.copymode(part / "config.json", part / "model.safetensors")  # safetensors lets only the owner read
-    ids = {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(part / "generation_config.json", ids)
-    copy_tokenizer(tokenizer_folder, part, model.config)
-    if folder.exists():
-        folder.rmdir()
-    part.rename(folder)
+    with new_folder(folder) as part:
+        if code:
+            content = write_code(model.config, part, dtype)
+        save_file(state, part / "model.safetensors", metadata={"format": "pt"})
+        write_json(part / "config.json", content)
+        ids = {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write_json(part / "generation_config.json", ids)
+        copy_tokenizer(tokenizer_folder, part, model.config)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path):
+    """A folder to write files into, which appears whole or not at all; one that exists is not touched. Raises
+    CheckpointError."""
+    from safetensors import SafetensorError
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{shown(folder)} exists already: name another folder, or remove it")
+    part = folder.with_name(f".{folder.resolve().name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for file in part.glob("*.safetensors"):  # safetensors lets only the owner read
+            shutil.copymode(next(part.glob("*.json")), file)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{shown(folder)} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict):

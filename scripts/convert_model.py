@@ -29,7 +29,7 @@ UNCHECKED = {"checked": "not checked: --check 0"}
 def parse_args(argv=None):
     import eval_llm
 
-    parser = argparse.ArgumentParser(
+    parser = eval_llm.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="hf|gguf|native|peft|lora")
@@ -76,20 +76,7 @@ def parse_args(argv=None):
             g.add_argument(
                 "--lora_weight", default="None", metavar="NAMES", help="adapters to merge: a:0.5,b"
             )
-            g.add_argument(
-                "--inference_rope_scaling",
-                type=cli.switch,
-                default=0,
-                metavar="0|1",
-                help="1 = YaRN: stretch the positions of the length that the weights were trained at",
-            )
-            g.add_argument(
-                "--yarn_factor",
-                type=cli.number_type(float, above=1),
-                default=16.0,
-                metavar="X",
-                help="how far it stretches them",
-            )
+            eval_llm.add_position_flags(g)
     for sub in (hf, gguf, native, peft):
         sub.add_argument("--check", type=cli.switch, default=1, metavar="0|1", help="0 = no certificate")
     return parser.parse_args(argv)
@@ -104,11 +91,6 @@ def load(args, **overrides):
     return path, *checkpoint.load_model(path, tokenizer, **overrides), tokenizer
 
 
-def positions(args) -> dict:
-    scaled = {"inference_rope_scaling": True, "yarn_factor": args.yarn_factor}
-    return scaled if args.inference_rope_scaling else {}
-
-
 def merge(args, model, path, metadata):
     import eval_llm
     from trainer import checkpoint
@@ -119,11 +101,12 @@ def merge(args, model, path, metadata):
 
 
 def to_hf(args):
+    import eval_llm
     from scripts.certificate import certify_transformers
     from scripts.convert_hf import write_folder
     from trainer.checkpoint import shown
 
-    path, model, metadata, tokenizer = load(args, **positions(args))
+    path, model, metadata, tokenizer = load(args, **eval_llm.position_overrides(args))
     merge(args, model, path, metadata)
     write_folder(model, args.tokenizer, args.to, args.dtype, bool(args.code))
     print(f"wrote {shown(args.to)} from {shown(path)}")
@@ -134,11 +117,14 @@ def to_hf(args):
 
 
 def to_gguf(args):
+    import eval_llm
     from scripts.certificate import certify_gguf
     from scripts.convert_gguf import write_gguf, write_modelfile
-    from trainer.checkpoint import shown
+    from trainer.checkpoint import CheckpointError, shown
 
-    path, model, metadata, tokenizer = load(args, **positions(args))
+    if args.to.suffix != ".gguf":
+        raise CheckpointError(f"--to {args.to}: the name of a GGUF file ends in .gguf")
+    path, model, metadata, tokenizer = load(args, **eval_llm.position_overrides(args))
     merge(args, model, path, metadata)
     write_gguf(model, args.tokenizer, args.to, args.dtype, args.to.stem)
     print(f"wrote {shown(args.to)} ({args.to.stat().st_size / 2**20:.1f} MB) from {shown(path)}")
@@ -155,9 +141,8 @@ def to_native(args):
 
     model, content = load_folder(args.folder)
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    tail = "_moe" if model.config.use_moe else ""
     name = args.name or args.folder.resolve().name
-    path = args.save_dir / f"{name}_{model.config.hidden_size}{tail}.pth"
+    path = args.save_dir / f"{checkpoint.stem(name, model.config)}.pth"
     if path.exists():
         raise checkpoint.CheckpointError(f"{checkpoint.shown(path)} exists already: give another --name")
     metadata = {"stage": "imported", "parent": {"weight": content.get("model_type")}}
@@ -177,7 +162,11 @@ def to_native(args):
     else:
         written, _ = checkpoint.load_model(path)
         certificate = certify_transformers(args.folder, written.float(), tokenizer, dtype)
-    finish(certificate, path.with_suffix(".parity.json"))
+    try:
+        finish(certificate, path.with_suffix(".parity.json"))
+    except checkpoint.CheckpointError:
+        path.unlink()  # nobody shall find it by its name
+        raise
 
 
 def to_peft(args):
@@ -185,6 +174,8 @@ def to_peft(args):
     from scripts.convert_peft import write_peft_folder
     from trainer import checkpoint
 
+    if not (args.base / "config.json").exists():
+        raise checkpoint.CheckpointError(f"--base {args.base} is no transformers folder: hf writes one")
     path, model, metadata, tokenizer = load(args)
     adapter = checkpoint.find_adapter(args, model.config, args.lora_weight)
     state, settings, _ = checkpoint.read_adapter(adapter)
@@ -209,9 +200,8 @@ def to_lora(args):
         apply_lora(model, state, settings)
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{checkpoint.shown(args.folder)}: {error}") from None
-    tail = "_moe" if model.config.use_moe else ""
-    name = f"{args.name or args.folder.resolve().name}_{model.config.hidden_size}{tail}.pth"
-    target = args.save_dir / "lora" / name
+    name = checkpoint.stem(args.name or args.folder.resolve().name, model.config)
+    target = args.save_dir / "lora" / f"{name}.pth"
     if target.exists():
         raise checkpoint.CheckpointError(f"{checkpoint.shown(target)} exists already: give another --name")
     target.parent.mkdir(parents=True, exist_ok=True)

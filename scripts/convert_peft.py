@@ -1,10 +1,9 @@
 """Adapters of this project as folders of peft (https://github.com/huggingface/peft), and back. The arithmetic
 is the same, so numbers are copied and only names change."""
 
-import shutil
 from pathlib import Path
 
-from scripts.convert_hf import read_file, read_json, write_json
+from scripts.convert_hf import new_folder, read_file, read_json, write_json
 from trainer.checkpoint import CheckpointError, shown
 
 PREFIX = "base_model.model."
@@ -35,8 +34,6 @@ def write_peft_folder(state: dict, settings, num_layers: int, base: Path, folder
         raise CheckpointError(
             f"the adapter changes {experts[0]}: transformers keeps experts in one block, peft cannot adapt it"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{shown(folder)} exists already: name another folder, or remove it")
     tensors = {}
     for name, tensor in state.items():
         layer, _, part = name.partition(".lora.")
@@ -58,15 +55,9 @@ def write_peft_folder(state: dict, settings, num_layers: int, base: Path, folder
         "modules_to_save": None,
         "inference_mode": True,
     }
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(part / "adapter_config.json", content)
-    shutil.copymode(part / "adapter_config.json", part / "adapter_model.safetensors")
-    if folder.exists():
-        folder.rmdir()
-    part.rename(folder)
+    with new_folder(folder) as part:
+        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(part / "adapter_config.json", content)
 
 
 def read_peft_folder(folder: Path):

@@ -36,6 +36,8 @@ def lengths(text: str) -> list[int]:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be whole numbers such as 256,1024, not {text!r}") from None
+    if any(found[-1] % length for length in found):
+        raise argparse.ArgumentTypeError("all must divide the longest, so that they see the same text")
     if found[0] < 2:
         raise argparse.ArgumentTypeError("a window needs at least 2 tokens")
     return found
@@ -44,7 +46,7 @@ def lengths(text: str) -> list[int]:
 def parse_args(argv=None):
     import eval_llm
 
-    parser = argparse.ArgumentParser(
+    parser = eval_llm.Parser(
         description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False, usage="%(prog)s [flags]"
     )
     g = parser.add_argument_group("which weights")
@@ -68,7 +70,7 @@ def parse_args(argv=None):
     )
     g.add_argument(
         "--yarn_factor",
-        type=cli.number_type(float, low=1),
+        type=cli.number_type(float, low=1, high=1024),
         metavar="X",
         help="how far YaRN stretches the trained length; without it as far as the longest window needs",
     )
@@ -163,8 +165,8 @@ def read_ids(path: Path, tokenizer, multiple: int, most: int):
 
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: name text files with --text") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataError(f"{path} is no file: name text files with --text") from None
     except (UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
     ids = tokenizer(text[: 8 * most], add_special_tokens=False, verbose=False).input_ids[:most]
@@ -184,11 +186,21 @@ def main(args):
     from trainer import checkpoint, runtime
 
     device = runtime.choose_device(args.device)
+    if args.to and (args.to.suffix != ".json" or args.to.is_dir()):
+        raise checkpoint.CheckpointError(f"--to {args.to}: name a .json file; the picture gets its name too")
     path, tokenizer = eval_llm.find_weights(args), eval_llm.load_tokenizer(args.tokenizer)
     model, metadata = checkpoint.load_model(path, tokenizer)
     model = model.to(device, getattr(torch, args.dtype))
     rope = model.config.rope_parameters
+    if rope["rope_type"] == "llama3":
+        raise checkpoint.CheckpointError(
+            "these weights have positions of their own kind (llama3), not YaRN's"
+        )
     own = rope["factor"] if rope["rope_type"] == "yarn" else None
+    if own and args.yarn_factor not in (None, own):
+        raise checkpoint.CheckpointError(
+            f"these weights were trained with YaRN x{own:g}: leave out --yarn_factor"
+        )
     trained = args.trained_length or int(model.config.original_max_position_embeddings * (own or 1))
     if args.trained_length and own is None:
         model.config.original_max_position_embeddings = args.trained_length
@@ -214,8 +226,8 @@ def main(args):
             begin = time.perf_counter()
             about[variant] = measure(model, ids, token_bytes, some_lengths, trained)
             about[variant]["seconds"] = time.perf_counter() - begin
-        result["texts"][Path(name).name] = about
-        print_table(Path(name).name, about, list(variants), some_lengths, trained)
+        result["texts"][name] = about
+        print_table(name, about, list(variants), some_lengths, trained)
     target = args.to or ROOT / "out" / "eval" / f"{path.stem}_length.json"
     write(result, target, list(variants), trained)
     print(f"wrote {checkpoint.shown(target)} and {target.with_suffix('.png').name}")
@@ -260,11 +272,11 @@ def plot(result: dict, variants: list[str], trained: int, path: Path):
             row[0].plot(list(by_length), list(by_length.values()), marker="o", label=variant)
             row[1].plot(range(len(by_place)), list(by_place.values()), marker="o", label=variant)
         row[0].axvline(trained, color="gray", linestyle=":", label="trained length")
-        row[0].set(xscale="log", xlabel="tokens in a window", ylabel="bits per byte", title=name)
+        row[0].set(xscale="log", xlabel="tokens in a window", ylabel="bits per byte", title=Path(name).name)
         row[0].set_xticks(list(by_length), [f"{length:,}" for length in by_length], minor=False)
         row[0].minorticks_off()
         row[1].set_xticks(range(len(by_place)), list(by_place))
-        row[1].set(xlabel=f"place in a window of {max(by_length):,} tokens", title=name)
+        row[1].set(xlabel=f"place in a window of {max(by_length):,} tokens", title=Path(name).name)
         for axis in row:
             axis.grid(alpha=0.3)
             axis.legend()

@@ -591,7 +591,14 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     assert (tmp_path / "full" / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     words = refused(capsys, *dense, "--to", tmp_path / "y", "--tokenizer", tmp_path / "empty")
-    assert "tokenizer.json" in words
+    assert "tokenizer.json" in words and "--load_from" not in words
+    (tmp_path / "y.part").mkdir()  # somebody's own
+    convert(*dense, "--to", tmp_path / "y", "--check", 0)
+    assert (tmp_path / "y.part").exists() and (tmp_path / "y" / "config.json").exists()
+    assert "ends in .gguf" in refused(capsys, "gguf", *dense[1:], "--to", tmp_path / "m.bin")
+    assert "no whole number" not in refused(capsys, *dense, "--to", tmp_path / "z", "--yarn_factor", 8)
+    base = ("--base", tmp_path / "none", "--lora_weight", "a", "--to", tmp_path / "z")
+    assert "no transformers folder" in refused(capsys, "peft", *dense[1:], *base)
     native = ("native", "--save_dir", tmp_path, "--folder")
     assert "config.json does not exist" in refused(capsys, *native, tmp_path / "empty")
 
@@ -607,6 +614,17 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "'dynamic' is not possible"),
         ({"num_hidden_layers": 3}, "do not fit"),
         ({"num_attention_heads": "four"}, "num_attention_heads = 'four' is no whole number"),
+        ({"vocab_size": -5}, "vocab_size = -5 is no whole number above 0"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'factor'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "factor = '4'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate = False"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, "mscale = 0.7"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
+        ({"rope_parameters": ["yarn"]}, "cannot be used"),
+        ({"eos_token_id": "</s>"}, "cannot be used"),
+        ({"rms_norm_eps": "x"}, "cannot be used"),
+        ({"layer_types": 3}, "cannot be used"),
+        ({convert_hf.OURS: {"dropout": "x"}}, "dropout"),
     ):
         config.write_text(json.dumps(good | change))
         assert says in refused(capsys, *native, folder)
@@ -618,8 +636,12 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     weights.unlink()
     assert "does not exist: the folder is incomplete" in refused(capsys, *native, folder)
     index = folder / convert_hf.INDEX
+    torch.save([1, 2], folder / "pytorch_model.bin")
+    assert "does not hold tensors by name" in refused(capsys, *native, folder)
+    index.write_text(json.dumps({"weight_map": ["a"]}))
+    assert "names no files" in refused(capsys, *native, folder)
     index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
     assert "outside its folder" in refused(capsys, *native, folder)
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     assert "model-00001-of-00002.safetensors does not exist" in refused(capsys, *native, folder)
-    assert not list(tmp_path.glob("theirs_*")) and not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("theirs_*")) and not list(tmp_path.glob(".*.part"))

@@ -9,13 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_convert import random_model, save
-from train_helpers import assert_bit_equal, stop_after, train, weights, write_lines
+from train_helpers import TINY, assert_bit_equal, stop_after, train, weights, write_lines
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from model.model_lora import LoRAConfig, add_lora
 from model.model_minimind import MiniMindConfig, MiniMindLM
 from scripts import convert_hf, eval_ppl
 from trainer import checkpoint, cli
 
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 TEXT = "The ship sailed on, and the sea was calm. 天空很蓝，海水很静。\n" * 60
 
 
@@ -124,6 +126,42 @@ def test_training_goes_on_at_a_longer_length_with_yarn_and_later_stages_keep_it(
     assert not torch.equal(model(x).logits, twin.eval()(x).logits)
 
 
+def test_the_reference_and_adapters_have_the_positions_of_the_run(tmp_path, capsys):
+    """The model that a run began with is as stretched as the run's own; an adapter brings its positions."""
+    from types import SimpleNamespace
+
+    import eval_llm
+    from trainer import train_dpo
+
+    config = dict(SMALL, original_max_position_embeddings=64)
+    model = MiniMindLM(MiniMindConfig(**config, residual_init="normal")).eval()
+    checkpoint.save_weights(model, tmp_path / "full_sft_32.pth", {"stage": "full_sft"})
+    crc32 = checkpoint.read_weights(tmp_path / "full_sft_32.pth")[1]["crc32"]
+    flags = ["--inference_rope_scaling", "1", "--yarn_factor", "4", "--save_dir", str(tmp_path)]
+    args = train_dpo.parse_args([*TINY, *flags])
+    parent, rt = {"weight": "full_sft", "crc32": crc32}, SimpleNamespace(device=torch.device("cpu"))
+    reference = checkpoint.load_parent(args, parent, None, rt)
+    assert reference.config.rope_parameters["factor"] == 4
+
+    adapted = copy.deepcopy(model)
+    adapted.config.yarn_factor = 4.0
+    adapted.config.stretch_positions()
+    add_lora(adapted, LoRAConfig(rank=2))
+    (tmp_path / "lora").mkdir()
+    checkpoint.save_adapter(LoRAConfig(rank=2), adapted, tmp_path / "lora" / "far_32.pth", {"stage": "lora"})
+    base, metadata = checkpoint.load_model(tmp_path / "full_sft_32.pth")
+    checkpoint.merge_adapters(base, "far", tmp_path, metadata)
+    assert base.config.rope_parameters == adapted.config.rope_parameters
+
+    checkpoint.save_weights(adapted, tmp_path / "x_32.pth", {}, state=base.state_dict())
+    with pytest.raises(checkpoint.CheckpointError, match="YaRN x4, and keep them"):
+        checkpoint.load_model(tmp_path / "x_32.pth", inference_rope_scaling=True, yarn_factor=8.0)
+    same, _ = checkpoint.load_model(tmp_path / "x_32.pth", inference_rope_scaling=True)
+    assert same.config.rope_parameters["factor"] == 4
+    with pytest.raises(checkpoint.CheckpointError, match="stretches nothing"):
+        eval_llm.position_overrides(eval_llm.parse_args(["--yarn_factor", "8"]))
+
+
 def test_a_resumed_run_cannot_change_its_positions(tmp_path, capsys):
     train("pretrain", tmp_path, "--data_path", long_file(tmp_path), steps=4)
     capsys.readouterr()
@@ -145,7 +183,7 @@ def test_the_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
     assert result["trained_length"] == 32 and result["yarn_factor"] == 8
-    about = result["texts"]["a.txt"]
+    (about,) = result["texts"].values()
     assert about["bytes"] <= len(TEXT.encode()) and about["tokens"] % 256 == 0
     assert list(about["plain"]["by_length"]) == ["16", "32", "64", "128", "256"]
     assert about["plain"]["by_length"]["256"] != about["yarn x8"]["by_length"]["256"]
@@ -160,7 +198,7 @@ def test_the_command(tmp_path, capsys):
     )
     run("--weight", "full_sft", *flags[2:], "--lengths", "64,128", "--to", tmp_path / "y.json")
     result = json.loads((tmp_path / "y.json").read_text(encoding="utf-8"))
-    assert result["trained_length"] == 128 and "yarn x4" in result["texts"]["a.txt"]
+    assert result["trained_length"] == 128 and "yarn x4" in result["texts"][str(tmp_path / "a.txt")]
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):
@@ -170,7 +208,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     for name, says in (
         ("short.txt", "fewer than the longest"),
         ("odd.txt", "UTF-8"),
-        ("no.txt", "not exist"),
+        ("no.txt", "is no file"),
     ):
         with pytest.raises(SystemExit) as error:
             flags = ["--weight", "pretrain", "--save_dir", tmp_path, "--text", tmp_path / name]

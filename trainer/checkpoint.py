@@ -416,6 +416,13 @@ def load_adapter(model, path: Path, base: dict, name: str = "default", scale: fl
     if differing:
         sides = ", ".join(f"{f} {theirs[f]} (this base: {mine[f]})" for f in differing)
         raise CheckpointError(f"{shown(path)} was trained on a base with {sides}: use it with that base")
+    if has_scaled_positions(theirs):
+        if has_scaled_positions(mine) and mine["rope_parameters"] != theirs["rope_parameters"]:
+            raise CheckpointError(
+                f"{shown(path)} was trained with other positions ({theirs['rope_parameters']}) than the base "
+                f"or an adapter before it has ({mine['rope_parameters']}): they do not go together"
+            )
+        take_positions(model.config, theirs)
     try:
         apply_lora(model, state, lora_config, name, scale)
     except ValueError as error:
@@ -537,13 +544,21 @@ def guess_config(state: dict) -> dict:
 
 def load_model(path: Path, tokenizer=None, **overrides):
     """(model in eval mode on the CPU, metadata) from a weight file alone: the architecture comes from its
-    metadata, or from its shapes. For eval_llm and the scripts."""
+    metadata, or from its shapes. For eval_llm and the scripts. overrides: fields of the configuration, such
+    as inference_rope_scaling."""
     from model.model_minimind import MiniMindConfig, MiniMindLM
 
     state, metadata = read_weights(path)
     fields = metadata.get("config") or guess_config(state)
     del state
-    model = MiniMindLM(MiniMindConfig(**{**fields, **overrides}))
+    if has_scaled_positions(fields):
+        refuse_other_positions(fields, overrides.get("inference_rope_scaling"), overrides.get("yarn_factor"))
+        overrides = {k: v for k, v in overrides.items() if k not in ("inference_rope_scaling", "yarn_factor")}
+    try:
+        config = MiniMindConfig(**{**fields, **overrides})
+    except ValueError as error:
+        raise CheckpointError(f"{shown(path)}: {error}") from None
+    model = MiniMindLM(config)
     return model.eval(), load_weights(model, path, tokenizer)
 
 
@@ -578,7 +593,7 @@ def load_from_weight(model, args, tokenizer, rt) -> dict | None:
     metadata = load_weights(model, path, tokenizer)
     rt.print(f"loaded {len(model.state_dict())} tensors from {shown(path)}")
     adopt_positions(model.config, metadata.get("config", {}), args)
-    if model.config.rope_parameters["rope_type"] == "yarn":
+    if model.config.rope_parameters["rope_type"] != "default":
         rt.print(describe_positions(model.config))
     if metadata.get("template") not in (None, template_hash(tokenizer)):
         rt.print(f"note: {shown(path)} was trained with another chat template than model/chat_template.jinja")
@@ -589,20 +604,44 @@ def adopt_positions(config, theirs: dict, args):
     """Take from the configuration of a file what its weights know of positions: the longest length they were
     trained at, and YaRN's settings, which they cannot do without once they were trained with them. With
     --inference_rope_scaling 1 weights without such are stretched from that length."""
+    if has_scaled_positions(theirs):
+        refuse_other_positions(theirs, args.inference_rope_scaling, args.yarn_factor)
+        take_positions(config, theirs)
+        return
     if args.original_max_position_embeddings is None:
         length = theirs.get("original_max_position_embeddings", config.original_max_position_embeddings)
         config.original_max_position_embeddings = length
-    if theirs.get("rope_parameters", {}).get("rope_type") == "yarn":
-        config.rope_parameters = dict(theirs["rope_parameters"])
-        for name in ("inference_rope_scaling", "yarn_factor", "max_position_embeddings"):
-            setattr(config, name, theirs.get(name, getattr(config, name)))
-    elif config.inference_rope_scaling:
+    if config.inference_rope_scaling:
         config.stretch_positions()
+
+
+def has_scaled_positions(config: dict) -> bool:
+    return (config.get("rope_parameters") or {}).get("rope_type", "default") != "default"
+
+
+def take_positions(config, theirs: dict):
+    """Everything that is about positions, from the plain values of a configuration into another."""
+    names = "rope_parameters rope_theta inference_rope_scaling yarn_factor"
+    for name in f"{names} max_position_embeddings original_max_position_embeddings".split():
+        value = theirs.get(name, getattr(config, name))
+        setattr(config, name, dict(value) if isinstance(value, dict) else value)
+
+
+def refuse_other_positions(theirs: dict, scaling, factor):
+    """Weights with scaled positions are what they are: flags that ask for others are an error."""
+    rope = theirs["rope_parameters"]
+    if scaling and (rope["rope_type"] != "yarn" or factor not in (None, rope["factor"])):
+        kind = "YaRN" if rope["rope_type"] == "yarn" else rope["rope_type"]
+        raise CheckpointError(
+            f"these weights were trained with positions stretched by {kind} x{rope['factor']:g}, and keep "
+            "them: leave out --inference_rope_scaling and --yarn_factor"
+        )
 
 
 def describe_positions(config) -> str:
     rope = config.rope_parameters
-    return f"positions: YaRN x{rope['factor']:g} over {rope['original_max_position_embeddings']:,}"
+    kind = "YaRN" if rope["rope_type"] == "yarn" else rope["rope_type"]
+    return f"positions: {kind} x{rope['factor']:g} over {rope['original_max_position_embeddings']:,}"
 
 
 def note_length(config, dataset, args, fresh: bool):
@@ -627,7 +666,12 @@ def load_parent(args, parent: dict | None, tokenizer, rt):
         model, metadata = load_model(path, tokenizer)
     except CheckpointError:
         return None
-    return model.requires_grad_(False).to(rt.device) if metadata.get("crc32") == parent["crc32"] else None
+    if metadata.get("crc32") != parent["crc32"]:
+        return None
+    config = model_config(args)  # positions as the run has them: YaRN may have come with its flags
+    adopt_positions(config, metadata.get("config", {}), args)
+    take_positions(model.config, plain_config(config))
+    return model.requires_grad_(False).to(rt.device)
 
 
 def load_teacher(args, config, tokenizer, rt):

@@ -46,7 +46,7 @@ ARCHITECTURE = {
         "1 = YaRN: the positions of the length that --from_weight was trained at are stretched, so that "
         "--max_seq_len can go beyond (0)",
     ),
-    "yarn_factor": ("float", "how far YaRN stretches (16)"),
+    "yarn_factor": ("float", "how far YaRN stretches, 1 to 1024 (16)"),
     "rope_theta": ("float", "base of the rotary frequencies (1e6)"),
     "rms_norm_eps": ("float", "epsilon of the norms (1e-5)"),
     "qk_norm": ("bool", "1 = RMSNorm on query and key heads, as Qwen3 (0)"),
@@ -293,7 +293,8 @@ def stage_parser(doc: str, about: dict | None = None, **defaults) -> StageParser
     add(g, "--preset", choices=PRESETS, metavar="NAME", help=f"a known architecture: {', '.join(PRESETS)}")
     kinds = {"int": positive_int, "float": non_negative_float, "bool": switch, "str": str}
     for name, (kind, text) in ARCHITECTURE.items():
-        kind = {"dropout": fraction, "n_shared_experts": count}.get(name, kinds[kind])
+        own = {"dropout": fraction, "n_shared_experts": count, "yarn_factor": number_type(float, 1, 1024)}
+        kind = own.get(name, kinds[kind])
         add(
             g,
             f"--{name}",
