@@ -88,8 +88,12 @@ def from_hf_config(content: dict, folder: Path):
         for value in config.rope_parameters.values():
             if not isinstance(value, str | int | float | None):
                 raise ValueError(f"rope_parameters: {value!r} is no number")
-        if not isinstance(config.dropout, int | float):
-            raise ValueError(f"dropout = {config.dropout!r} is no number")
+        for name in "dropout rms_norm_eps rope_theta initializer_range router_aux_loss_coef".split():
+            if not isinstance(getattr(config, name), int | float) or getattr(config, name) < 0:
+                raise ValueError(f"{name} = {getattr(config, name)!r} is no number that can be used")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if not isinstance(getattr(config, name), int | None):
+                raise ValueError(f"{name} = {getattr(config, name)!r} is no token id")
         return config
     except CheckpointError:
         raise

@@ -225,11 +225,11 @@ class TextAnswer:
         """One more token -> (text, log-probs), with what is echoed before the first."""
         text, ended = "", new.finish_reason
         if self.tokens == 0 and self.echo is not None:
-            text, prompt = self.echo, self.request.prompt
-            scores = [(None, None), *self.request.prompt_scores]
-            hidden = isinstance(self.body.prompt, str) or isinstance(self.body.prompt[0], str)  # bos
-            for place, (token, score) in enumerate(zip(prompt, scores)):
-                self.place(token, *score, in_text=place > 0 or not hidden)
+            text, prompt, scores = self.echo, self.request.prompt, self.request.prompt_scores
+            if isinstance(self.body.prompt, str) or isinstance(self.body.prompt[0], str):
+                prompt, scores = prompt[1:], scores[1:]  # without bos, of which who sent a text does not know
+            for token, score in zip(prompt, [(None, None), *scores]):  # the first has none, as at OpenAI's
+                self.place(token, *score, in_text=True)
         if self.body.max_tokens != 0:
             self.tokens += 1
             text += new.piece
