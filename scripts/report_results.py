@@ -209,7 +209,8 @@ def load_stage(stage: Stage, args):
     base = stage.before.path if stage.is_adapter else stage.path
     flags = SimpleNamespace(weight=str(base), load_from=ROOT / "model", num_hidden_layers=None, use_compile=0)
     flags.lora_weight = stage.name if stage.is_adapter else "None"
-    flags.inference_rope_scaling, flags.device, flags.dtype = 0, args.device, "float32"
+    flags.inference_rope_scaling, flags.yarn_factor = 0, None
+    flags.device, flags.dtype = args.device, "float32"
     return eval_llm.Native(flags)
 
 

@@ -234,7 +234,7 @@ def test_a_new_run_says_that_it_will_replace_an_old_one(tmp_path, capsys):
         (["--max_steps", 9], "steps .* 6 -> 9"),
         (["--max_seq_len", 40], "--max_seq_len 48 -> 40.*training data"),
         (["--dropout", 0.2], "--dropout 0.0 -> 0.2"),
-        (["--inference_rope_scaling", 1], "rotary positions .*default.* -> .*yarn"),
+        (["--inference_rope_scaling", 1], "--inference_rope_scaling None -> 1"),
         (["--num_hidden_layers", 3], "--num_hidden_layers 2 -> 3"),
         (["--betas", "0.9,0.95"], "--betas"),
         (["--val_fraction", 0.4], "training data .* -> "),
