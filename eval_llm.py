@@ -521,7 +521,7 @@ def load_tokenizer(folder: Path):
     AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)  # it looks at a config.json beside
 
     if not (folder / "tokenizer.json").exists():
-        raise CheckpointError(f"{folder} has no tokenizer.json (and is no transformers folder): name another")
+        raise CheckpointError(f"{folder}: there is neither config.json nor tokenizer.json in it")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # broken JSON, a broken tokenizer: each has errors of its own

@@ -5,11 +5,13 @@ checked", and why.
 """
 
 import copy
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -71,6 +73,10 @@ def certify_transformers(folder, model, tokenizer, dtype: str, adapter=None, cod
 
     runtime = f"transformers {transformers.__version__}"
     options = {"dtype": torch.float32, "trust_remote_code": code}
+    if code:  # transformers copies it into a package, which must not be one that was imported before
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
     theirs = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     target = type(theirs).__name__
     if adapter is not None:

@@ -271,7 +271,7 @@ def test_mixture_weights_and_yarn(monkeypatch, capsys, out):
         (["--hidden_size", "64"], ["full_sft_64.pth does not exist", "full_sft_32.pth", "--hidden_size"]),
         (["--preset", "minimind-3"], ["full_sft_768.pth does not exist"]),
         (["--num_hidden_layers", "9"], ["num_hidden_layers 2", "9"]),
-        (["--load_from", "/nowhere"], ["--load_from /nowhere", "config.json"]),
+        (["--load_from", "/nowhere"], ["/nowhere: there is neither config.json"]),
         (["--lora_weight", "lora_x"], ["lora_x"]),
         (["--top_p", "1.5"], ["--top_p", "at most 1"]),
         (["--temperature", "-1"], ["--temperature", "at least 0"]),

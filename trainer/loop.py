@@ -89,6 +89,11 @@ class Run:
             checkpoint.require_same_parent(self.saved, self.parent, self.frozen_base, args)
             self.parent = self.saved["run"]["parent"]
         checkpoint.note_length(model.config, self.train, args, self.saved is None and self.parent is None)
+        longest = model.config.max_position_embeddings
+        if args.max_seq_len > longest:
+            rt.print(
+                f"note: rows of {args.max_seq_len:,} tokens go beyond the {longest:,} positions of this model"
+            )
         return model
 
     def prepare(self, model, dynamic=False):
