@@ -1,6 +1,6 @@
 """Does `--plan` say what a run then needs? Plan and run of some settings, in processes of their own.
 
-    python scripts/check_plan.py                                    # the settings below, about half an hour
+    python scripts/check_plan.py                                    # the settings below, about 20 minutes
     python scripts/check_plan.py --settings "train_pretrain.py --preset tiny --batch_size 64 --max_steps 80"
 
 For each setting: first the plan, then the same command without --plan. Time is wall-clock from start to exit,
@@ -25,12 +25,12 @@ from scripts import bench
 from trainer import cli
 
 SETTINGS = [
-    "train_pretrain.py --save_weight full_sft --max_steps 40 --batch_size 16",
-    "train_pretrain.py --preset tiny --max_steps 300 --val_interval 100 --save_interval 100",
-    "train_pretrain.py --max_steps 12 --batch_size 8 --accumulation_steps 4 --max_seq_len 512",
+    "train_pretrain.py --save_weight full_sft --max_steps 15 --batch_size 16",
+    "train_pretrain.py --preset tiny --max_steps 50 --val_interval 20 --save_interval 10",
+    "train_pretrain.py --max_steps 6 --batch_size 8 --accumulation_steps 4 --max_seq_len 512",
     "train_pretrain.py --preset minimind-3-moe --batch_size 2 --max_steps 12",
-    "train_full_sft.py --from_weight full_sft --save_weight packed --max_steps 40 --batch_size 8",
-    "train_full_sft.py --from_weight full_sft --save_weight padded --pack 0 --max_steps 25 --batch_size 8",
+    "train_full_sft.py --from_weight full_sft --save_weight packed --max_steps 12 --batch_size 8",
+    "train_full_sft.py --from_weight full_sft --save_weight padded --pack 0 --max_steps 12 --batch_size 8",
     "train_lora.py --max_steps 60",
     "train_dpo.py --max_steps 20 --batch_size 8",
     "train_distillation.py --teacher_hidden_size 512 --hidden_size 256 --from_weight none --max_steps 30",

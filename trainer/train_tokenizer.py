@@ -244,7 +244,8 @@ def show_plan(args, corpus: Corpus, one_pass: float) -> None:
     print(
         f"memory:  {0.1 + size * MEMORY_PER_BYTE / 1e9:.2f} GB at its peak, for {size / 1e6:.1f} MB of text"
     )
-    print("change:  --max_bytes: memory and time follow it")
+    less = max(1, round(size / 2 / (1 - args.holdout) / 1e6))
+    print(f"change:  --max_bytes {less}M: half the text, {0.1 + size / 2 * MEMORY_PER_BYTE / 1e9:.2f} GB")
 
 
 def main(args) -> None:
