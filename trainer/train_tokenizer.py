@@ -221,8 +221,8 @@ def parse_args(argv=None):
 def show_plan(args, corpus: Corpus, samples: dict, reading: float) -> None:
     """Memory and time of the training. samples: texts to measure on; reading: seconds of the first pass.
 
-    A sixteenth and a quarter of the sample are trained on. From one to the other time grows by some factor, more
-    than 4, because new text brings new words and merges become slower; the whole takes that factor once more.
+    A sixteenth and a quarter of the sample are trained on. From one to the other time grows by some factor,
+    more than 4, because new text brings new words and merges become slower; the whole takes it once more.
     """
 
     def seconds_for(share: float) -> float:
