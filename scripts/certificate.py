@@ -64,7 +64,8 @@ def rounded(model, dtype: str):
 def certify_transformers(folder, model, tokenizer, dtype: str, adapter=None, code: bool = False) -> dict:
     """The certificate of a transformers folder against a MiniMindLM and its tokenizer, both in float32.
     adapter: a folder of peft that is put on it (`model` has its own merged). code: run the code that is in
-    the folder, which nobody else than write_folder may have put there."""
+    the folder, as for --code 1: this very process has just copied it there from model/. Folders of other
+    people are always opened without (convert_model.py native reads their tensors alone)."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer

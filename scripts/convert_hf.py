@@ -263,9 +263,10 @@ def load_folder(folder: Path):
 
 
 def write_code(config, folder: Path, dtype: str) -> dict:
-    """The model's own files into a folder, for `trust_remote_code=True`, where no class of transformers fits;
-    returns the content of config.json. transformers copies the files that lines `from .file import` name, so
-    the imports become such lines."""
+    """The model's own files into a folder, where no class of transformers fits (--code 1, never by itself);
+    returns the content of config.json. Whoever opens that folder has to allow its code, and should look at it
+    first: these are three files of model/, unchanged but for imports, which become lines `from .file import`,
+    since those tell transformers which files belong together."""
     here = Path(__file__).resolve().parents[1] / "model"
     for name in ("model_minimind.py", "hf_minimind.py", "precision.py"):
         text = (here / name).read_text(encoding="utf-8")
