@@ -21,8 +21,6 @@ tokenizer_config.json and chat_template.jinja to out/tokenizer. Same input, same
 """
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import re
@@ -37,6 +35,7 @@ sys.path.insert(0, str(ROOT))  # so that this file runs from any directory
 from dataset.rows import DataError
 from trainer import cli
 from trainer.tokenizer_corpus import Corpus, read_documents
+from trainer.tokenizer_plan import show_plan
 from trainer.tokenizer_report import SAMPLES, evaluate, file_hash
 
 # What the vocabulary must contain -----------------------------------------------------------------
@@ -218,49 +217,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def show_plan(args, corpus: Corpus, samples: dict, reading: float) -> None:
-    """Memory and time of the training. samples: texts to measure on; reading: seconds of the first pass.
-
-    A sixteenth and a quarter of the sample are trained on. From one to the other time grows by some factor,
-    more than 4, because new text brings new words and merges become slower; the whole takes it once more.
-    """
-
-    def seconds_for(share: float) -> float:
-        def pieces():
-            for batch in corpus.training_pieces():
-                yield batch
-                if sum(corpus.sampled_bytes.values()) >= share * corpus.expected_bytes():
-                    return
-
-        begin = time.perf_counter()
-        train_merges(pieces(), args.vocab_size)
-        return (
-            (time.perf_counter() - begin)
-            * share
-            * corpus.expected_bytes()
-            / sum(corpus.sampled_bytes.values())
-        )
-
-    try:
-        sixteenth, quarter = seconds_for(1 / 16), seconds_for(1 / 4)
-    except DataError:
-        print("time:    unknown, because a part of the text is too small for so many entries")
-    else:
-        begin = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):  # the shipped vocabulary takes as long as a new one
-            evaluate(ROOT / "model", samples | (corpus.heldout() if args.holdout else {}), args.compare)
-        parts = {"reading": reading, "sampling and training": quarter * quarter / sixteenth}
-        parts["measuring"] = time.perf_counter() - begin
-        shown = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-        print(f"time:    {sum(parts.values()):.1f} s: {shown}")
-    size = corpus.expected_bytes()
-    print(
-        f"memory:  {0.1 + size * MEMORY_PER_BYTE / 1e9:.2f} GB at its peak, for {size / 1e6:.1f} MB of text"
-    )
-    less = max(1, round(size / 2 / (1 - args.holdout) / 1e6))
-    print(f"change:  --max_bytes {less}M: half the text, {0.1 + size / 2 * MEMORY_PER_BYTE / 1e9:.2f} GB")
-
-
 def main(args) -> None:
     if args.plan and (args.config_only or args.eval_only):
         raise DataError("--plan is about training: leave --config_only and --eval_only out")
@@ -302,7 +258,7 @@ def main(args) -> None:
     rates = ", ".join(f"{name} {rate:.0%}" for name, rate in corpus.rates.items())
     print(f"{corpus.num_documents} documents: {found}; sampling {rates}; tokenizers {tokenizers.__version__}")
     if args.plan:
-        show_plan(args, corpus, samples, time.time() - begin)
+        show_plan(args, corpus, samples, time.time() - begin, train_merges, MEMORY_PER_BYTE)
         return
     print(f"about {0.1 + corpus.expected_bytes() * MEMORY_PER_BYTE / 1e9:.1f} GB of memory will be needed")
     spec = train_merges(corpus.training_pieces(), args.vocab_size, show_progress=True)
